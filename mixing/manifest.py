@@ -1,0 +1,86 @@
+"""The manifest of a mixture: all that a trainer needs to know before it reads a shard.
+
+It is written last, as ``mixture.json``; a mixture without one is not finished.
+"""
+
+from fractions import Fraction
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+
+from pipeline import storage
+from pipeline.errors import EvenmixError
+
+
+def _exact_fraction(text: str) -> str:
+    if str(Fraction(text)) not in (text, text.removesuffix("/1")):
+        raise ValueError(f"{text!r} is not a fraction in lowest terms such as 1/11")
+    return text
+
+
+ExactFraction = Annotated[str, AfterValidator(_exact_fraction)]
+
+
+class Shard(BaseModel):
+    """One tar of samples; its offset index is the Parquet file of the same name."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    num_samples: int
+    bytes: int
+    sha256: str
+
+
+class Split(BaseModel):
+    """The shards of one part (train or validation) of one dataset."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    num_samples: int
+    shards: list[Shard]
+
+
+class MixtureDataset(BaseModel):
+    """One dataset of the mixture and the share of the trainer's samples that it gets."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    weight: ExactFraction
+    licence: str
+    train: Split
+    validation: Split
+
+
+class Manifest(BaseModel):
+    """``mixture.json``: weights are exact fractions that sum to one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[1] = 1
+    name: str
+    resolution: int
+    image_format: Literal["png", "jpeg", "webp"]
+    seed: int
+    caption_sets: dict[str, ExactFraction]
+    datasets: list[MixtureDataset]
+
+
+def load_manifest(mixture_url: str) -> Manifest:
+    """Read the manifest of the mixture in a folder.
+
+    Raises:
+        EvenmixError: there is no manifest, or it does not follow the schema.
+    """
+    url = storage.join(mixture_url, "mixture.json")
+    if not storage.exists(url):
+        raise EvenmixError(f"{url} does not exist; `evenmix mix` writes it when a mixture is done")
+    try:
+        manifest = Manifest.model_validate_json(storage.read_bytes(url))
+    except ValidationError as error:
+        raise EvenmixError(f"{url} is not a mixture manifest: {error}") from error
+    total = sum(Fraction(dataset.weight) for dataset in manifest.datasets)
+    if total != 1:
+        raise EvenmixError(f"{url}: the weights of its datasets sum to {total}, not to 1")
+    return manifest

@@ -1,0 +1,203 @@
+"""Running a stage's work items with Beam, in a process of its own and under a watchdog.
+
+Beam's local runner waits for ever when one of its worker processes is killed, for instance by the
+kernel when memory runs out. So a local job runs in a child process that watches its workers: a
+lost worker ends the job with a message within seconds, and a job whose parent is gone ends itself
+and its workers.
+"""
+
+import argparse
+import contextlib
+import logging
+import multiprocessing
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any
+
+import apache_beam as beam
+import psutil
+from apache_beam.options.pipeline_options import PipelineOptions
+
+from pipeline.errors import EvenmixError
+from pipeline.stage import Stage, WorkItem, publish_item, read_work_list
+
+_LOCAL_RUNNER = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
+_WORKER_MODULE = "sdk_worker_main"
+_LOST_WORKER_GRACE_S = 5.0
+_POLL_S = 0.5
+
+
+@dataclass(frozen=True)
+class RunnerOptions:
+    """Where a job runs.
+
+    ``beam_args`` are Beam's own options; without ``--runner`` among them the job runs on this
+    machine with ``workers`` processes.
+    """
+
+    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
+    beam_args: tuple[str, ...] = ()
+
+    @property
+    def is_local(self) -> bool:
+        """Tell whether the job runs on this machine."""
+        return not any(arg.split("=")[0] == "--runner" for arg in self.beam_args)
+
+    def pipeline_options(self) -> PipelineOptions:
+        """Return Beam's options object."""
+        local = [
+            f"--runner={_LOCAL_RUNNER}",
+            "--direct_running_mode=multi_processing",
+            f"--direct_num_workers={self.workers}",
+        ]
+        # Beam would pickle the main module by default; nothing of ours lives there.
+        session = "--no_save_main_session"
+        return PipelineOptions([*self.beam_args, session, *(local if self.is_local else [])])
+
+
+class PublishItems(beam.DoFn):  # type: ignore[misc]
+    """Publishes work items of one stage."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+
+    def process(self, element: WorkItem) -> None:
+        """Publish one item."""
+        publish_item(self._stage, element)
+
+
+def build(pipeline: beam.Pipeline, stage: Stage, work_list_url: str) -> beam.PCollection:
+    """Add a stage to a pipeline. Only references travel between its steps, never pictures."""
+    publish = beam.ParDo(PublishItems(stage))
+    if stage.resource_hints:
+        publish = publish.with_resource_hints(**stage.resource_hints)
+    return (
+        pipeline
+        | "WorkListUrl" >> beam.Create([work_list_url])
+        | "ReadWorkList" >> beam.FlatMap(read_work_list)
+        | "SpreadOverWorkers" >> beam.Reshuffle()
+        | "PublishItems" >> publish
+    )
+
+
+def run(
+    stage: Stage, work_list_url: str, options: RunnerOptions, while_waiting: Callable[[], Any]
+) -> None:
+    """Run a stage's work list to its end, calling ``while_waiting`` about every second.
+
+    Raises:
+        EvenmixError: an item cannot be done, or a worker process was lost.
+        RuntimeError: an item failed in a way that evenmix does not know; the text has Beam's trace.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    job = context.Process(target=_job_main, args=(stage, work_list_url, options, sender))
+    job.start()
+    sender.close()
+    try:
+        while job.is_alive():
+            job.join(timeout=1.0)
+            while_waiting()
+        failure = _receive(receiver)
+    finally:
+        _kill_tree(job.pid)
+        job.join()
+    if failure is not None:
+        raise failure
+    if job.exitcode:
+        raise _lost(f"the job's process ended with exit code {job.exitcode}")
+
+
+def _receive(receiver: Connection) -> Exception | None:
+    with contextlib.suppress(EOFError):
+        failure: Exception = receiver.recv()
+        return failure
+    return None
+
+
+def _lost(what: str) -> EvenmixError:
+    return EvenmixError(
+        f"{what}; most likely it was killed because memory ran out. What was published is kept: "
+        "start the same command again, with a smaller --workers if it happens again."
+    )
+
+
+def _job_main(stage: Stage, work_list_url: str, options: RunnerOptions, sender: Connection) -> None:
+    """Run the pipeline; the body of the job's process."""
+    # The parent handles Ctrl-C for both.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if options.is_local:
+        # Beam logs every worker's traceback several times; the failure below has it once.
+        logging.disable(logging.CRITICAL)
+        threading.Thread(target=_watch_family, args=(sender,), daemon=True).start()
+    try:
+        pipeline = beam.Pipeline(options=options.pipeline_options())
+        build(pipeline, stage, work_list_url)
+        pipeline.run().wait_until_finish()
+    except Exception as error:
+        sender.send(_failure(error))
+    # Threads of Beam's may linger; all work is published or reported.
+    _kill_tree(os.getpid(), include_root=False)
+    os._exit(0)
+
+
+def _failure(error: Exception) -> Exception:
+    """Recover the message of an EvenmixError that Beam has wrapped into a worker's traceback."""
+    if isinstance(error, EvenmixError):
+        return error
+    wrapped = re.findall(r"EvenmixError: (.*?)(?: \[while running|\n|$)", str(error), re.DOTALL)
+    return EvenmixError(wrapped[-1].strip()) if wrapped else RuntimeError(str(error))
+
+
+def _watch_family(sender: Connection) -> None:
+    """End this job when a worker has been lost, or when the parent has gone."""
+    me = psutil.Process()
+    parent = multiprocessing.parent_process()
+    workers: dict[int, float] = {}
+    while True:
+        time.sleep(_POLL_S)
+        if parent is not None and not parent.is_alive():
+            _kill_tree(me.pid)
+        alive = _worker_pids(me)
+        now = time.monotonic()
+        workers = {pid: workers.get(pid, now) for pid in workers} | dict.fromkeys(alive, now)
+        lost = [pid for pid, seen in workers.items() if now - seen > _LOST_WORKER_GRACE_S]
+        if lost:
+            sender.send(_lost(f"worker process {lost[0]} is gone"))
+            _kill_tree(me.pid)
+
+
+def _worker_pids(job: psutil.Process) -> list[int]:
+    pids = []
+    for child in job.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if child.status() != psutil.STATUS_ZOMBIE and any(
+                _WORKER_MODULE in word for word in child.cmdline()
+            ):
+                pids.append(child.pid)
+    return pids
+
+
+def _kill_tree(pid: int | None, include_root: bool = True) -> None:
+    """Kill a process and all that it started."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        root = psutil.Process(pid)
+        family = root.children(recursive=True) + ([root] if include_root else [])
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def beam_option_names() -> list[str]:
+    """Return the names of all options that Beam knows, such as ``--runner``."""
+    parser = argparse.ArgumentParser(add_help=False, conflict_handler="resolve")
+    for options in (PipelineOptions, *PipelineOptions.__subclasses__()):
+        if "_add_argparse_args" in vars(options):
+            options._add_argparse_args(parser)
+    return [name for action in parser._actions for name in action.option_strings]

@@ -1,0 +1,65 @@
+"""The ``evenmix`` command: a table of sub-commands, each imported when it is called."""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from pipeline.errors import EvenmixError
+
+COMMANDS = {
+    "build": ("pipeline.build", "run all stages of a recipe, from sources to mixture"),
+    "ingest": ("pipeline.ingest", "read the sources, keep pictures that are whole"),
+    "embed": ("dedup.embed", "describe pictures with the copy detector SSCD"),
+    "dedup": ("dedup.deduplicate", "find exact copies and near-duplicates"),
+    "caption": ("captioning.caption", "write a set of captions"),
+    "mix": ("mixing.mix", "cut a mixture and write its shards"),
+    "train": ("train.train_command", "train on a mixture"),
+    "sample": ("train.sample_command", "draw pictures from a trained model"),
+    "verify": ("pipeline.verify", "recount a corpus and check its files"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status.
+
+    0 is success, 1 an obstacle that the message explains, 2 a wrong command line, 130 Ctrl-C.
+    """
+    parser = argparse.ArgumentParser(
+        prog="evenmix",
+        description="Build, caption, deduplicate and mix a text-to-image corpus; train on it.",
+    )
+    parser.set_defaults(takes_beam_options=False)
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    chosen = next((word for word in arguments if word in COMMANDS), None)
+    for name, (module_name, help_text) in COMMANDS.items():
+        subparser = subparsers.add_parser(
+            name, help=help_text, description=help_text, allow_abbrev=False
+        )
+        if name == chosen:
+            # Only this one: a trainer's machine need not have Beam, nor a worker JAX.
+            module = importlib.import_module(module_name)
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
+    try:
+        options, others = parser.parse_known_args(arguments)
+        if others and not options.takes_beam_options:
+            parser.error(f"unknown options: {' '.join(others)}")
+        options.beam_options = others
+        return int(options.run(options))
+    except EvenmixError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; start the same command again to go on", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`); leave quietly.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

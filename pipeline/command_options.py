@@ -1,0 +1,46 @@
+"""The options that every Beam stage's sub-command shares."""
+
+import argparse
+import difflib
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.beam_job import RunnerOptions, beam_option_names
+from pipeline.errors import EvenmixError
+from pipeline.recipe import Recipe, load_recipe
+
+
+def add_stage_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the recipe, its overrides, and where to run."""
+    parser.add_argument("recipe", help="the recipe (TOML), a path or any fsspec URL")
+    parser.add_argument("--root", help="the corpus root R, instead of the recipe's")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count(),
+        help="local worker processes (default: one per core)",
+    )
+    parser.epilog = "Beam's own options follow the recipe, such as --runner DataflowRunner."
+    parser.set_defaults(takes_beam_options=True)
+
+
+def recipe_of(args: argparse.Namespace, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Load the recipe that a command line names; ``overrides`` are by dotted name."""
+    return load_recipe(args.recipe, {"root": args.root, **(overrides or {})})
+
+
+def runner_of(args: argparse.Namespace) -> RunnerOptions:
+    """Return where a command line wants its jobs to run.
+
+    Raises:
+        EvenmixError: Beam has no such option.
+    """
+    known = beam_option_names()
+    for word in args.beam_options:
+        name = word.split("=")[0]
+        if word.startswith("--") and name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise EvenmixError(f"{name} is an option of neither evenmix nor Beam{hint}")
+    return RunnerOptions(args.workers, tuple(args.beam_options))

@@ -1,0 +1,73 @@
+"""Reading a TOML file into a pydantic model, with every mistake reported at once."""
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from pipeline import storage
+from pipeline.errors import EvenmixError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def load_toml(url: str, model: type[Model], overrides: Mapping[str, Any]) -> Model:
+    """Read and check a configuration file.
+
+    ``overrides`` replace values by their dotted names (``mixture.resolution``); a value of None
+    leaves the file's.
+
+    Raises:
+        EvenmixError: the file is missing or no TOML, or it breaks the model; the text lists all
+            mistakes, with a suggestion for each unknown key.
+    """
+    try:
+        document = tomllib.loads(storage.read_bytes(url).decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise EvenmixError(f"{url} is not TOML: {error}") from error
+    for name, value in overrides.items():
+        if value is not None:
+            *tables, key = name.split(".")
+            section = document
+            for table in tables:
+                section = section.setdefault(table, {})
+            section[key] = value
+    return _check(url, document, model)
+
+
+def _check(url: str, document: dict[str, Any], model: type[Model]) -> Model:
+    """Check a parsed configuration against a model; ``url`` names it in the errors."""
+    try:
+        return model.model_validate(document)
+    except ValidationError as error:
+        lines = [f"  {_describe(details, model)}" for details in error.errors()]
+        count = f"{len(lines)} mistake" + ("s" if len(lines) > 1 else "")
+        raise EvenmixError("\n".join([f"{url} has {count}:", *lines])) from error
+
+
+def _describe(details: ErrorDetails, model: type[BaseModel]) -> str:
+    place = ".".join(str(part) for part in details["loc"]) or "(the whole file)"
+    if details["type"] == "extra_forbidden":
+        known = _known_keys(model, details["loc"][:-1])
+        close = difflib.get_close_matches(str(details["loc"][-1]), known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"
+        return f"{place}: unknown key; {hint}"
+    return f"{place}: {details['msg']}"
+
+
+def _known_keys(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    """Return the field names of the (sub-)model at a place, looking through containers."""
+    models = [model]
+    for part in path:
+        fields = [m.model_fields[part].annotation for m in models if part in m.model_fields]
+        models = [found for annotation in fields for found in _models_in(annotation)] or models
+    return [name for found in models for name in found.model_fields]
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for argument in get_args(annotation) for found in _models_in(argument)]

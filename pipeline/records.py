@@ -1,0 +1,59 @@
+"""The schema of every table that the pipeline stores, and how a picture gets its key.
+
+Tables of one shard are row-aligned: row i of an embeddings, duplicates or captions file speaks of
+row i of the image index, which ``key`` confirms. The families of captioning, dedup and mixing
+declare their schemas in their own packages, on the same ground.
+"""
+
+import hashlib
+
+import pyarrow as pa
+
+INDEX = pa.schema(
+    [
+        ("key", pa.string()),
+        ("source_id", pa.string()),
+        ("locator", pa.string()),
+        ("source_url", pa.string()),
+        ("licence", pa.string()),
+        ("text", pa.string()),
+        ("fields", pa.string()),
+        ("format", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("num_bytes", pa.int64()),
+        ("sha256", pa.string()),
+        ("pixels_sha256", pa.string()),
+        ("offset", pa.int64()),
+    ]
+)
+"""One kept picture. ``width`` and ``height`` are as displayed (EXIF orientation applied), in
+pixels; ``text`` is the dataset's own text or null; ``fields`` is a JSON object of its further text
+fields; ``offset`` is where the picture's bytes begin in the shard's tar."""
+
+REJECTED = pa.schema(
+    [
+        ("key", pa.string()),
+        ("source_id", pa.string()),
+        ("locator", pa.string()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+    ]
+)
+"""One record that was not kept. ``locator`` says where it stands in the source, ``reason`` is one
+of :class:`pipeline.reasons.RejectReason`; key and source id are null where there was none."""
+
+
+def key_of(dataset: str, source_id: str) -> str:
+    """Return the 128-bit key (32 hex digits) of a picture: unique, and random when sorted."""
+    return hashlib.sha256(f"{dataset}\0{source_id}".encode()).hexdigest()[:32]
+
+
+def uniform_hash(seed: int, key: str, purpose: str) -> int:
+    """Return 64 bits that stand for a random draw about ``key``.
+
+    Every random choice of a pure stage is one of these, so it depends on neither the order of
+    work nor the number of workers. ``purpose`` keeps independent choices independent.
+    """
+    digest = hashlib.sha256(f"{purpose}\0{seed}\0{key}".encode()).digest()
+    return int.from_bytes(digest[:8], "big")

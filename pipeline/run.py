@@ -1,0 +1,38 @@
+"""Running a stage from its plan to its closing table."""
+
+from collections.abc import Mapping, Sequence
+
+from pipeline import beam_job
+from pipeline.beam_job import RunnerOptions
+from pipeline.progress import Progress, console, counts_table, exists_line
+from pipeline.stage import Stage, Summary, WorkItem, finish, make_plan, write_work_list
+
+
+def run_stage(
+    stage: Stage, items: Sequence[WorkItem], options: RunnerOptions
+) -> Mapping[str, Summary]:
+    """Bring a stage to its end, doing only what has not been published yet.
+
+    Returns the summary of each dataset.
+
+    Raises:
+        EvenmixError: something published was made in another way, an item cannot be done, or a
+            worker was lost. What has been published stays, and the next run goes on from there.
+    """
+    plan = make_plan(stage, items)
+    if not plan.missing and {item.dataset for item in items} == plan.summarised.keys():
+        console.print(exists_line(stage), soft_wrap=True)
+        return plan.summarised
+    if plan.missing:
+        if plan.finished:
+            console.print(
+                f"{stage.name}: {len(plan.finished)} of {len(items)} items are published already",
+                soft_wrap=True,
+            )
+        work_list = write_work_list(stage, plan.missing)
+        with Progress(stage, plan) as progress:
+            beam_job.run(stage, work_list, options, progress.update)
+    summaries = {**plan.summarised, **finish(stage, items)}
+    counts = {dataset: summaries[dataset].counts for dataset in sorted(summaries)}
+    console.print(counts_table(f"{stage.name} ({stage.folder})", counts))
+    return summaries
