@@ -14,9 +14,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline import images, readers
+from pipeline import images, readers, storage
 from pipeline.beam_job import RunnerOptions
 from pipeline.command_options import add_stage_arguments, recipe_of, runner_of
+from pipeline.errors import EvenmixError
 from pipeline.images import Limits
 from pipeline.reasons import PictureError, RejectReason
 from pipeline.receipts import Counts
@@ -114,6 +115,21 @@ def _judge(record: readers.Record, limits: Limits) -> dict[str, Any]:
         "sha256": hashlib.sha256(record.picture).hexdigest(),
         "pixels_sha256": images.sha256_of_pixels(pixels),
     }
+
+
+def check(recipe: Recipe) -> None:
+    """Check that every dataset's source is there.
+
+    Raises:
+        EvenmixError: with all that are not.
+    """
+    absent = [
+        f"dataset {name}: nothing at {dataset.source}; correct datasets.{name}.source"
+        for name, dataset in recipe.datasets.items()
+        if not storage.glob_files(dataset.source) and not storage.list_files(dataset.source)
+    ]
+    if absent:
+        raise EvenmixError("\n  ".join(absent))
 
 
 def run_recipe(recipe: Recipe, runner: RunnerOptions) -> None:

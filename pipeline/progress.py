@@ -75,14 +75,15 @@ def _clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
-def counts_table(title: str, counts: Mapping[str, Counts]) -> Table:
-    """Return the closing table of a stage: in, out and the reasons of the difference."""
+def counts_table(title: str, counts: Mapping[str, Counts], sum_up: bool = True) -> Table:
+    """Return a table of what went in and came out, and the reasons of the difference."""
     table = Table(title=title, title_justify="left")
     table.add_column("dataset", overflow="fold")
     table.add_column("in", justify="right")
     table.add_column("out", justify="right")
     table.add_column("rejected", overflow="fold")
-    for dataset, count in [*counts.items(), ("all", total(counts.values()))]:
+    rows = [*counts.items(), *([("all", total(counts.values()))] if sum_up else [])]
+    for dataset, count in rows:
         reasons = ", ".join(f"{reason} {n:,}" for reason, n in sorted(count.rejected.items()))
         style = "bold" if dataset == "all" else None
         table.add_row(

@@ -47,19 +47,21 @@ def total(counts: Iterable[Counts]) -> Counts:
 
 @dataclass(frozen=True)
 class Checksum:
-    """Size and CRC-32C (eight hex digits, the one object stores keep) of a published file."""
+    """Size and checksums (hex) of a file: CRC-32C is what object stores keep, sha256 for people."""
 
     num_bytes: int
     crc32c: str
+    sha256: str
 
 
 def checksum(chunks: Iterable[bytes]) -> Checksum:
-    """Return size and CRC-32C of a file given in chunks."""
-    num_bytes, crc = 0, google_crc32c.Checksum()
+    """Return size and checksums of a file given in chunks."""
+    num_bytes, crc, sha256 = 0, google_crc32c.Checksum(), hashlib.sha256()
     for chunk in chunks:
         num_bytes += len(chunk)
         crc.update(chunk)
-    return Checksum(num_bytes, crc.hexdigest().decode())
+        sha256.update(chunk)
+    return Checksum(num_bytes, crc.hexdigest().decode(), sha256.hexdigest())
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,13 @@ def read_receipt(url: str) -> Receipt:
         raise EvenmixError(
             f"{url} was not written by evenmix (no receipt in its footer); move it away"
         )
-    return Receipt.from_json(metadata[METADATA_KEY])
+    try:
+        return Receipt.from_json(metadata[METADATA_KEY])
+    except (ValueError, KeyError, TypeError) as error:
+        raise EvenmixError(
+            f"{url} has a receipt that this version cannot read ({error}); read it with the "
+            "version that wrote it, or move it away"
+        ) from error
 
 
 def difference(old: Any, new: Any, name: str = "") -> list[str]:

@@ -3,7 +3,6 @@
 Every stage reads its own part. The file is checked as a whole before any work.
 """
 
-from fractions import Fraction
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -91,16 +90,17 @@ class SourceCaptions(_Section):
 class VllmCaptions(_Section):
     """Captions from a vision-language model behind vLLM.
 
-    ``arguments`` are those of ``vllm serve``, such as ``max-model-len = 4096``.
+    ``arguments`` are vLLM's engine arguments, such as ``max_model_len = 4096``; ``accelerator`` is
+    Beam's resource hint, such as ``type:nvidia-l4;count:1;install-nvidia-driver``.
     """
 
     engine: Literal["vllm"]
     model: str = DEFAULT_CAPTIONER
-    prompt: str = "describe"
+    prompt: Literal["describe"] = "describe"
     max_tokens: Annotated[int, Field(ge=1)] = 256
     temperature: Annotated[float, Field(ge=0)] = 1.0
     captions_per_image: Annotated[int, Field(ge=1)] = 1
-    arguments: dict[str, str | int | float | bool] = {}
+    arguments: dict[str, Any] = {}
     accelerator: str | None = None
 
 
@@ -125,14 +125,6 @@ class Mixture(_Section):
     image_format: Literal["png", "jpeg", "webp"] = "png"
     samples_per_shard: Annotated[int, Field(ge=1)] = 1000
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
-
-    def fractions(self, datasets: list[str]) -> dict[str, Fraction]:
-        """Return each dataset's exact share of the mixture."""
-        given = {
-            name: Fraction(1) if self.weights == "equal" else Fraction(str(self.weights[name]))
-            for name in datasets
-        }
-        return {name: weight / sum(given.values()) for name, weight in given.items()}
 
 
 class Recipe(_Section):

@@ -227,7 +227,10 @@ def read_parquet(url: str, columns: Sequence[str] | None = None) -> pa.Table:
                 f"{url} has no column {', '.join(missing)}; it has "
                 f"{', '.join(file.schema_arrow.names)}"
             )
-        return file.read(columns=list(columns) if columns is not None else None)
+        try:
+            return file.read(columns=list(columns) if columns is not None else None)
+        except (pa.ArrowException, OSError) as error:
+            raise EvenmixError(f"{url} is damaged ({error}); fetch or write it again") from error
 
 
 def parquet_metadata(url: str) -> dict[str, str]:

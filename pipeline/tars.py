@@ -13,7 +13,10 @@ class TarWriter:
 
     def __init__(self) -> None:
         self._buffer = io.BytesIO()
-        self._tar = tarfile.open(fileobj=self._buffer, mode="w", format=tarfile.USTAR_FORMAT)
+        # Closed by close(), which returns what was written.
+        self._tar = tarfile.open(  # noqa: SIM115
+            fileobj=self._buffer, mode="w", format=tarfile.USTAR_FORMAT
+        )
 
     def add(self, name: str, data: bytes) -> int:
         """Append a member and return where its data begin in the tar, in bytes."""

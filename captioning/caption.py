@@ -1,0 +1,84 @@
+"""`evenmix caption`: a set of captions for every picture, row-aligned with the image index.
+
+Engine `source` takes the dataset's own text, engine `vllm` asks a vision-language model. Either
+way each caption has its outcome, and a picture without a usable one is still a row.
+"""
+
+import argparse
+
+from captioning.from_source import SourceCaptioning
+from pipeline.beam_job import RunnerOptions
+from pipeline.command_options import add_stage_arguments, recipe_of, runner_of
+from pipeline.errors import EvenmixError
+from pipeline.ingest import FOLDER as IMAGES
+from pipeline.recipe import Recipe, SourceCaptions, VllmCaptions
+from pipeline.run import run_stage
+from pipeline.stage import Stage, WorkItem, finished_shards
+
+
+def check(recipe: Recipe) -> None:
+    """Check that the models of all caption sets are there.
+
+    Raises:
+        EvenmixError: one is not.
+    """
+    for captions, settings in recipe.captions.items():
+        if isinstance(settings, VllmCaptions):
+            _model_stage(recipe, captions, settings)
+
+
+def run_recipe(recipe: Recipe, runner: RunnerOptions) -> None:
+    """Write every caption set of a recipe."""
+    for captions in recipe.captions:
+        run_set(recipe, captions, runner)
+
+
+def run_set(recipe: Recipe, captions: str, runner: RunnerOptions) -> None:
+    """Write one caption set.
+
+    Raises:
+        EvenmixError: the model cannot be found, or images are not ingested yet.
+    """
+    settings = recipe.captions[captions]
+    stage: Stage
+    if isinstance(settings, SourceCaptions):
+        stage = SourceCaptioning(recipe.root, captions, settings)
+    else:
+        stage = _model_stage(recipe, captions, settings)
+    items = [
+        WorkItem(dataset, shard, inputs={"images": digest})
+        for dataset in sorted(recipe.datasets)
+        for shard, digest in finished_shards(recipe.root, IMAGES, dataset, "ingest").items()
+    ]
+    run_stage(stage, items, runner)
+
+
+def _model_stage(recipe: Recipe, captions: str, settings: VllmCaptions) -> Stage:
+    # Only here, since its packages come with the extra `vllm`.
+    from captioning.from_model import VllmCaptioning  # noqa: PLC0415
+    from captioning.server import resolve_model  # noqa: PLC0415
+
+    resolve_model(settings.model)
+    return VllmCaptioning(recipe.root, captions, settings, recipe.seed)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `evenmix caption`."""
+    add_stage_arguments(parser)
+    parser.add_argument("--captions", metavar="NAME", help="write only this set of the recipe")
+    parser.add_argument("--model", help="a model's name or path, instead of the set's own")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `evenmix caption`."""
+    if args.model and not args.captions:
+        raise EvenmixError("--model goes with --captions NAME, the set that it is for")
+    recipe = recipe_of(args, {f"captions.{args.captions}.model": args.model})
+    if args.captions is None:
+        run_recipe(recipe, runner_of(args))
+    elif args.captions in recipe.captions:
+        run_set(recipe, args.captions, runner_of(args))
+    else:
+        known = ", ".join(recipe.captions)
+        raise EvenmixError(f"{args.recipe} has no caption set {args.captions!r}, only {known}")
+    return 0

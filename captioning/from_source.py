@@ -1,0 +1,49 @@
+"""Engine `source`: captions from the datasets' own texts, as they are or in a template."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from captioning import prompts
+from captioning.outcomes import CaptionOutcome
+from captioning.tables import caption_output, read_index
+from pipeline.recipe import SourceCaptions
+from pipeline.stage import Output, WorkItem
+
+
+@dataclass(frozen=True)
+class SourceCaptioning:
+    """The stage that makes a caption set from the datasets' own texts."""
+
+    root: str
+    captions: str
+    settings: SourceCaptions
+    name: str = "caption"
+    version: int = 1
+    resource_hints: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> str:
+        """The folder below R."""
+        return f"captions/{self.captions}"
+
+    def config(self, dataset: str) -> Mapping[str, Any]:
+        """Return what decides the captions."""
+        return {"engine": "source", "template": self._template(dataset).text}
+
+    def _template(self, dataset: str) -> prompts.Prompt:
+        given = self.settings.templates.get(dataset)
+        return prompts.Prompt("template", given) if given else prompts.OWN_TEXT
+
+    def process(self, item: WorkItem) -> Output:
+        """Write the captions of one image shard."""
+        template = self._template(item.dataset)
+        rows = []
+        for picture in read_index(self.root, item, ["key", "text"]):
+            text = (picture["text"] or "").strip()
+            caption: dict[str, Any] = {"text": None, "outcome": CaptionOutcome.SOURCE_MISSING}
+            if text:
+                caption = {"text": template.fill(text), "outcome": CaptionOutcome.OK}
+            caption |= {"prompt_kind": template.kind, "prompt_sha256": template.sha256}
+            rows.append({"key": picture["key"], "captions": [caption]})
+        return caption_output(rows)

@@ -1,0 +1,21 @@
+"""What became of one caption: a closed list, so that every picture is accounted for."""
+
+from enum import StrEnum
+
+
+class CaptionOutcome(StrEnum):
+    """The outcome of one caption of one picture."""
+
+    OK = "ok"
+    TRUNCATED = "truncated"
+    """The caption reached the token limit; its text is kept."""
+    EMPTY = "empty"
+    """The model answered without text."""
+    PICTURE_FAILED = "picture_failed"
+    """The picture could not be decoded, or the engine refused it."""
+    ENGINE_FAILED = "engine_failed"
+    """The engine died, failed or was too slow at every attempt; asking again may help."""
+    SOURCE_MISSING = "source_missing"
+    """The dataset has no text for this picture (engine `source`)."""
+    NOT_ASKED = "not_asked"
+    """No caption was wanted for this picture."""

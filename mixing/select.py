@@ -1,0 +1,191 @@
+"""Which pictures of the corpus go into a mixture, and into which of its shards.
+
+A picture must be no duplicate, large enough and captioned; of those the recipe takes the ones with
+the smallest hash of (seed, key). So the choice is random, the same on every run, and a smaller
+mixture is a subset of a larger one. Every picture that is left out is counted under its reason.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from captioning.outcomes import CaptionOutcome
+from pipeline import storage
+from pipeline.ingest import FOLDER as IMAGES
+from pipeline.reasons import RejectReason
+from pipeline.receipts import Counts, fingerprint
+from pipeline.recipe import Recipe
+from pipeline.records import uniform_hash
+from pipeline.stage import Output, WorkItem, dataset_url, finished_shards
+
+SHARD = "selected"
+_HASH_RANGE = 1 << 64
+
+SELECTION = pa.schema(
+    [
+        ("key", pa.string()),
+        ("shard", pa.string()),
+        ("row", pa.int32()),
+        ("destination", pa.string()),
+    ]
+)
+"""One picture of the mixture, in the order of its samples: where it stands in the corpus (image
+shard and row) and which shard of the mixture it goes to."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A picture that may be taken: its key, and where it stands in the corpus."""
+
+    key: str
+    shard: str
+    row: int
+
+
+@dataclass(frozen=True)
+class Select:
+    """The stage that makes R/selections/<mixture>."""
+
+    recipe: Recipe
+    name: str = "select"
+    version: int = 1
+    resource_hints: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def root(self) -> str:
+        """The root R of the corpus."""
+        return self.recipe.root
+
+    @property
+    def folder(self) -> str:
+        """The folder below R."""
+        return f"selections/{self.recipe.mixture.name}"
+
+    def config(self, dataset: str) -> Mapping[str, Any]:
+        """Return what decides the choice."""
+        mixture = self.recipe.mixture
+        return {
+            "seed": self.recipe.seed,
+            "min_short_edge_px": min_short_edge_px(self.recipe),
+            "images_per_dataset": mixture.images_per_dataset,
+            "validation_fraction": mixture.validation_fraction,
+            "samples_per_shard": mixture.samples_per_shard,
+        }
+
+    def plan(self) -> list[WorkItem]:
+        """Return one item a dataset, which needs all of its finished shards."""
+        return [
+            WorkItem(dataset, SHARD, inputs=corpus_digests(self.recipe, dataset))
+            for dataset in self.recipe.mixture_datasets()
+        ]
+
+    def process(self, item: WorkItem) -> Output:
+        """Choose the pictures of one dataset."""
+        rejected: Counter[str] = Counter()
+        candidates = []
+        for shard in finished_shards(self.root, IMAGES, item.dataset, "ingest"):
+            for candidate, reason in self._judge_shard(item.dataset, shard):
+                if reason is None:
+                    candidates.append(candidate)
+                else:
+                    rejected[reason] += 1
+        total = len(candidates) + rejected.total()
+        chosen = self._choose(candidates)
+        if len(chosen) < len(candidates):
+            rejected[RejectReason.NOT_SAMPLED] += len(candidates) - len(chosen)
+        return Output(
+            table=pa.Table.from_pylist(chosen, schema=SELECTION),
+            counts=Counts(total, len(chosen), dict(sorted(rejected.items()))),
+        )
+
+    def _judge_shard(self, dataset: str, shard: str) -> list[tuple[Candidate, RejectReason | None]]:
+        index = self._read(IMAGES, dataset, shard, ["key", "width", "height"])
+        duplicates = self._read(
+            f"duplicates/{self.recipe.dedup.name}", dataset, shard, ["key", "rule"]
+        )
+        captions = self._read(
+            f"captions/{self.recipe.mixture.captions}", dataset, shard, ["key", "captions"]
+        )
+        least_px = min_short_edge_px(self.recipe)
+        judged = []
+        for row, (picture, duplicate, caption) in enumerate(
+            zip(index, duplicates, captions, strict=True)
+        ):
+            if not picture["key"] == duplicate["key"] == caption["key"]:
+                raise AssertionError(f"{dataset}/{shard} row {row}: the keys of its tables differ")
+            reason = None
+            if duplicate["rule"] is not None:
+                reason = RejectReason(duplicate["rule"])
+            elif min(picture["width"], picture["height"]) < least_px:
+                reason = RejectReason.TOO_SMALL
+            elif not any(c["outcome"] == CaptionOutcome.OK for c in caption["captions"]):
+                reason = RejectReason.NO_CAPTION
+            judged.append((Candidate(picture["key"], shard, row), reason))
+        return judged
+
+    def _read(
+        self, folder: str, dataset: str, shard: str, columns: Sequence[str]
+    ) -> list[dict[str, Any]]:
+        url = storage.join(dataset_url(self.root, folder, dataset), f"{shard}.parquet")
+        rows: list[dict[str, Any]] = storage.read_parquet(url, columns).to_pylist()
+        return rows
+
+    def _choose(self, candidates: Sequence[Candidate]) -> list[dict[str, Any]]:
+        """Take the smallest hashes, part train from validation, and assign destinations."""
+        mixture, seed = self.recipe.mixture, self.recipe.seed
+        held_out_below = int(mixture.validation_fraction * _HASH_RANGE)
+        validation = {
+            c.key for c in candidates if uniform_hash(seed, c.key, "validation") < held_out_below
+        }
+        train = [c for c in candidates if c.key not in validation]
+        train.sort(key=lambda c: (uniform_hash(seed, c.key, "select"), c.key))
+        chosen: list[dict[str, Any]] = []
+        for split, part in (
+            ("train", train[: mixture.images_per_dataset]),
+            ("validation", [c for c in candidates if c.key in validation]),
+        ):
+            num_shards = -(-len(part) // mixture.samples_per_shard)
+            for candidate in part:
+                bucket = uniform_hash(seed, candidate.key, "shard") * num_shards // _HASH_RANGE
+                chosen.append(
+                    {
+                        "key": candidate.key,
+                        "shard": candidate.shard,
+                        "row": candidate.row,
+                        "destination": f"{split}-{bucket:05d}",
+                    }
+                )
+        # The shuffle: inside a shard, samples stand in the order of another hash.
+        chosen.sort(
+            key=lambda row: (
+                row["destination"],
+                uniform_hash(seed, row["key"], "order"),
+                row["key"],
+            )
+        )
+        return chosen
+
+
+def min_short_edge_px(recipe: Recipe) -> int:
+    """Return the least shorter edge that a mixture takes: its resolution unless the recipe says."""
+    return recipe.mixture.min_short_edge_px or recipe.mixture.resolution
+
+
+def corpus_digests(recipe: Recipe, dataset: str) -> dict[str, str]:
+    """Identify all that a mixture reads of a dataset.
+
+    Raises:
+        EvenmixError: a stage before has not finished; the text says which command does that.
+    """
+    captions = recipe.mixture.captions
+    families = {
+        "images": finished_shards(recipe.root, IMAGES, dataset, "ingest"),
+        "duplicates": finished_shards(
+            recipe.root, f"duplicates/{recipe.dedup.name}", dataset, "dedup"
+        ),
+        "captions": finished_shards(recipe.root, f"captions/{captions}", dataset, "caption"),
+    }
+    return {family: fingerprint(digests) for family, digests in families.items()}

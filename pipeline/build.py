@@ -1,0 +1,56 @@
+"""`evenmix build`: all stages of a recipe, one after the other, and the funnel at the end.
+
+A build that is started again goes on where it stopped; one that is complete does nothing.
+"""
+
+import argparse
+import importlib
+
+from pipeline.command_options import add_stage_arguments, recipe_of, runner_of
+from pipeline.errors import EvenmixError
+from pipeline.funnel import funnel_table
+from pipeline.progress import console
+from pipeline.recipe import Recipe
+
+STAGES = (
+    "pipeline.ingest",
+    "dedup.embed",
+    "dedup.deduplicate",
+    "captioning.caption",
+    "mixing.mix",
+)
+"""The modules of the stages in the order of a build; each has ``run_recipe``."""
+
+CHECKED = ("pipeline.ingest", "dedup.embed", "captioning.caption")
+"""Those that need something from outside (sources, weights, a model); each has ``check``."""
+
+
+def check(recipe: Recipe) -> None:
+    """Check that all stages have what they need from outside.
+
+    Raises:
+        EvenmixError: with everything that is missing.
+    """
+    obstacles = []
+    for name in CHECKED:
+        try:
+            importlib.import_module(name).check(recipe)
+        except EvenmixError as error:
+            obstacles.append(str(error))
+    if obstacles:
+        raise EvenmixError("\n  ".join(["the build cannot begin:", *obstacles]))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `evenmix build`."""
+    add_stage_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `evenmix build`."""
+    recipe, runner = recipe_of(args), runner_of(args)
+    check(recipe)
+    for name in STAGES:
+        importlib.import_module(name).run_recipe(recipe, runner)
+    console.print(funnel_table(recipe))
+    return 0

@@ -1,0 +1,290 @@
+"""The pixel rules: everything between hostile bytes and a clean picture.
+
+A clean picture is a uint8 RGB array of shape (height, width, 3), upright, opaque, of known size;
+the arrays that come out of here may be read-only. What stands in a file and is not pixels is
+ignored: text, thumbnails, XMP, and colour profiles too (values are kept as they are stored, the
+rule of i1). Of the metadata only the EXIF orientation counts. Of several frames or pages the first
+is the picture. Whatever is wrong with the bytes comes out as a
+:class:`pipeline.reasons.PictureError`; sizes are checked in the header, before a pixel is decoded.
+"""
+
+import hashlib
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageFile
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from pipeline import containers
+from pipeline.reasons import PictureError, RejectReason
+
+Pixels = npt.NDArray[np.uint8]
+Resample = Literal["bilinear", "bicubic"]
+ImageFormat = Literal["png", "jpeg", "webp"]
+
+EXTENSIONS = {
+    "jpeg": "jpg", "png": "png", "webp": "webp", "gif": "gif", "bmp": "bmp", "tiff": "tiff",
+}  # fmt: skip
+"""The formats that are read, and the file name extension of each."""
+
+_READERS: dict[str, type[ImageFile.ImageFile]] = {
+    "jpeg": JpegImageFile,
+    "png": PngImageFile,
+    "webp": WebPImageFile,
+    "gif": GifImageFile,
+    "bmp": BmpImageFile,
+    "tiff": TiffImageFile,
+}
+_MODES = {
+    "1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr",
+    "I;16", "I;16L", "I;16B",
+}  # fmt: skip
+
+_ORIENTATIONS = {  # EXIF 2.3, tag 0x0112: are the axes swapped; then the steps along rows, columns
+    1: (False, 1, 1), 2: (False, 1, -1), 3: (False, -1, -1), 4: (False, -1, 1),
+    5: (True, 1, 1), 6: (True, 1, -1), 7: (True, -1, -1), 8: (True, -1, 1),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a picture says of itself; ``width`` and ``height`` in pixels, as displayed.
+
+    ``mode`` is Pillow's name of the stored pixel layout; ``animated`` means more than one frame
+    or page.
+    """
+
+    format: str
+    width: int
+    height: int
+    mode: str
+    animated: bool
+
+    @property
+    def extension(self) -> str:
+        """The usual file name extension of the format, without its dot."""
+        return EXTENSIONS[self.format]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Which pictures are wanted; all bounds are inclusive."""
+
+    min_short_edge_px: int
+    max_pixels: int
+    max_bytes: int
+
+
+def probe(data: bytes) -> Header:
+    """Read a picture's header; no pixel is decoded and no pixel memory is allocated.
+
+    Raises:
+        PictureError: empty, not a picture, of an unsupported kind, or broken before its pixels.
+    """
+    return _open(data)[1]
+
+
+def check(header: Header, num_bytes: int, limits: Limits) -> None:
+    """Raise :class:`PictureError` unless a picture of ``num_bytes`` bytes is within ``limits``."""
+    size = f"{header.width}x{header.height}"
+    if num_bytes > limits.max_bytes:
+        raise PictureError(RejectReason.TOO_MANY_BYTES, f"{num_bytes} bytes")
+    if header.width * header.height > limits.max_pixels:
+        raise PictureError(RejectReason.TOO_MANY_PIXELS, f"{size} pixels")
+    if min(header.width, header.height) < limits.min_short_edge_px:
+        raise PictureError(RejectReason.TOO_SMALL, f"{size} pixels")
+
+
+def decode(data: bytes, limits: Limits) -> Pixels:
+    """Decode the picture that ``data`` holds to uint8 RGB of shape (height, width, 3).
+
+    EXIF orientation is applied, transparency is laid over white, 16-bit samples keep their upper
+    8 bits, CMYK becomes RGB without a profile. The shape is that of :func:`probe`.
+
+    One fault goes unseen, since Pillow keeps libjpeg's warnings to itself: a JPEG that was cut
+    short and then given an end marker, whose missing part is grey.
+
+    Raises:
+        PictureError: for all that is wrong with the bytes, and for a picture outside ``limits``.
+    """
+    if len(data) > limits.max_bytes:
+        raise PictureError(RejectReason.TOO_MANY_BYTES, f"{len(data)} bytes")
+    image, header, orientation = _open(data)
+    check(header, len(data), limits)
+    with _pillow_errors(header.format):
+        image.load()
+        swap_axes, row_step, column_step = _ORIENTATIONS[orientation]
+        pixels = _to_rgb(image)
+        if swap_axes:
+            pixels = pixels.swapaxes(0, 1)
+        pixels = np.ascontiguousarray(pixels[::row_step, ::column_step])
+    if pixels.shape != (header.height, header.width, 3):
+        raise PictureError(RejectReason.UNDECODABLE, "the picture has not the size of its header")
+    return pixels
+
+
+def shorter_edge_resize(pixels: Pixels, target_px: int, resample: Resample = "bilinear") -> Pixels:
+    """Resize to a shorter edge of ``target_px``, keeping the aspect (the longer edge rounds down).
+
+    Pillow's antialiased filters. The result of a very long picture is as long: bound the aspect,
+    or use :func:`resize_and_crop_square`, where it could be enlarged.
+    """
+    width, height = _resized_size(pixels, target_px)
+    return np.asarray(
+        Image.fromarray(pixels).resize((width, height), Image.Resampling[resample.upper()])
+    )
+
+
+def resize_and_crop_square(
+    pixels: Pixels, resolution: int, resample: Resample = "bilinear"
+) -> tuple[Pixels, tuple[int, int, int, int]]:
+    """Bring the shorter edge to ``resolution``, then cut out the centre square of that size.
+
+    The rule of i1: bilinear for training samples; for its captioner bicubic and a resolution of
+    ``min(512, shorter edge)``. Both steps are one, so no part that is cut off is ever computed.
+
+    Returns:
+        The square, and the smallest box of whole pixels of the original (left, top, right,
+        bottom) that contains it.
+    """
+    height, width, _ = pixels.shape
+    resized_width, resized_height = _resized_size(pixels, resolution)
+    left = (resized_width - resolution) // 2
+    top = (resized_height - resolution) // 2
+    right, bottom = left + resolution, top + resolution
+    x_scale, y_scale = width / resized_width, height / resized_height
+    square = Image.fromarray(pixels).resize(
+        (resolution, resolution),
+        Image.Resampling[resample.upper()],
+        box=(left * x_scale, top * y_scale, right * x_scale, bottom * y_scale),
+    )
+    crop = (
+        left * width // resized_width,
+        top * height // resized_height,
+        -(-right * width // resized_width),  # rounded up
+        -(-bottom * height // resized_height),
+    )
+    return np.asarray(square), crop
+
+
+def encode(pixels: Pixels, image_format: ImageFormat) -> bytes:
+    """Encode uint8 RGB (height, width, 3): PNG and WebP without loss, JPEG at quality 95, 4:4:4.
+
+    Equal pixels give equal bytes, as far as one version of Pillow and its codecs goes.
+    """
+    buffer = io.BytesIO()
+    image = Image.fromarray(pixels)
+    match image_format:
+        case "png":
+            image.save(buffer, "PNG")
+        case "jpeg":
+            image.save(buffer, "JPEG", quality=95, subsampling=0)
+        case "webp":
+            image.save(buffer, "WEBP", lossless=True)
+    return buffer.getvalue()
+
+
+def sha256_of_pixels(pixels: Pixels) -> str:
+    """Return the SHA-256 (hex) of shape and pixels: equal for copies in other containers."""
+    digest = hashlib.sha256(f"{pixels.shape}".encode())
+    digest.update(np.ascontiguousarray(pixels).data)
+    return digest.hexdigest()
+
+
+def _open(data: bytes) -> tuple[ImageFile.ImageFile, Header, int]:
+    """Return the picture with nothing decoded, its header, and its EXIF orientation (1 to 8)."""
+    picture_format = containers.sniff(data)
+    exif, animated = b"", False
+    with _pillow_errors(picture_format):
+        match picture_format:
+            case "jpeg":
+                data, exif = containers.jpeg_without_metadata(data)
+            case "png":
+                data, exif, animated = containers.png_without_metadata(data)
+            case "gif":
+                data, animated = containers.gif_first_frame(data)
+            case "webp" if 8 + int.from_bytes(data[4:8], "little") > len(data):
+                raise PictureError(RejectReason.TRUNCATED, "webp: shorter than it says")
+            case "tiff":
+                containers.check_tiff(data)
+        image = _READERS[picture_format](io.BytesIO(data))
+        _require_known_pixels(image)
+        if isinstance(image, PngImageFile):
+            _scale_colour_key(image)
+        if isinstance(image, WebPImageFile):
+            exif = image.info.get("exif", b"")
+        # A TIFF's own tag is no matter here: Pillow swaps the size itself, and turns on loading.
+        orientation = containers.orientation(exif)
+        swap_axes, _, _ = _ORIENTATIONS[orientation]
+        width, height = reversed(image.size) if swap_axes else image.size
+        animated = animated or bool(getattr(image, "is_animated", False))
+    return image, Header(picture_format, width, height, image.mode, animated), orientation
+
+
+@contextmanager
+def _pillow_errors(picture_format: str) -> Iterator[None]:
+    """Turn whatever Pillow raises on broken bytes, which is any exception, into a reason."""
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # another library may have set it
+    try:
+        yield
+    except PictureError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise PictureError(RejectReason.TOO_MANY_PIXELS, str(error)) from error
+    except Exception as error:
+        cut = "truncated" in str(error).lower()
+        reason = RejectReason.TRUNCATED if cut else RejectReason.UNDECODABLE
+        detail = f"{picture_format}: {type(error).__name__}: {error}"[:200]
+        raise PictureError(reason, detail) from error
+
+
+def _require_known_pixels(image: ImageFile.ImageFile) -> None:
+    known = image.mode in _MODES
+    if known and isinstance(image, TiffImageFile) and image.mode.startswith("I;16"):
+        # 12 bits in 16, and 0 for white, come from Pillow as if they were plain 16-bit grey.
+        bits_per_sample, photometric = image.tag_v2.get(258), image.tag_v2.get(262)
+        known = bits_per_sample == (16,) and photometric == 1
+    if not known:
+        detail = f"pixels of mode {image.mode} (32-bit, float, Lab or an unusual 16-bit grey)"
+        raise PictureError(RejectReason.UNSUPPORTED_FORMAT, detail)
+
+
+def _scale_colour_key(image: PngImageFile) -> None:
+    """Bring a PNG's transparent colour to 8 bits, which Pillow does for its samples only."""
+    key = image.info.get("transparency")
+    match image.tile[0].args if image.tile else None:
+        case "L;2" | "L;4" as raw if key is not None:
+            image.info["transparency"] = key * {"L;2": 85, "L;4": 17}[raw] & 255
+        case "RGB;16B" if key is not None:
+            image.info["transparency"] = tuple(value >> 8 for value in key)
+
+
+def _to_rgb(image: Image.Image) -> Pixels:
+    """Return a loaded picture as uint8 RGB over white, not yet turned."""
+    if image.mode.startswith("I;16"):
+        samples = np.asarray(image)
+        grey = (samples >> 8).astype(np.uint8)  # Pillow's own conversion clips at 255
+        grey[samples == image.info.get("transparency")] = 255
+        return np.repeat(grey[:, :, np.newaxis], 3, axis=2)
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        over_white = Image.new("RGB", image.size, "white")
+        over_white.paste(rgba.convert("RGB"), mask=rgba.getchannel("A"))
+        return np.asarray(over_white)
+    return np.asarray(image.convert("RGB"))
+
+
+def _resized_size(pixels: Pixels, target_px: int) -> tuple[int, int]:
+    height, width, _ = pixels.shape
+    shorter = min(height, width)
+    return width * target_px // shorter, height * target_px // shorter

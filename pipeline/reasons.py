@@ -1,0 +1,45 @@
+"""Why a picture is not kept: the closed list that every stage draws from and every funnel counts.
+
+A reason is an outcome, not a failure. It is stored beside the picture's id in
+``<shard>.rejected.parquet`` and counted in receipts: in = out + the sum of rejections by reason.
+"""
+
+from enum import StrEnum
+
+
+class RejectReason(StrEnum):
+    """One word for why a record was not kept. The values are stored: never rename one."""
+
+    # The record, as the readers find it.
+    TRUNCATED_ARCHIVE = "truncated_archive"  # the file that holds the records ends too early
+    BAD_RECORD = "bad_record"  # a record that cannot be read: no id, a wrong type, broken JSON
+    MISSING_PICTURE = "missing_picture"  # a record without a picture
+    DUPLICATE_ID = "duplicate_id"  # a source id that was seen before in the same dataset
+    EXCLUDED = "excluded"  # named by the exclusion list
+
+    # The picture's bytes (pipeline.images).
+    EMPTY_FILE = "empty_file"  # zero bytes
+    NOT_AN_IMAGE = "not_an_image"  # no picture format's signature: text, HTML, junk
+    UNSUPPORTED_FORMAT = "unsupported_format"  # a picture, of a format or kind that is not read
+    TRUNCATED = "truncated"  # the bytes end before the picture does
+    UNDECODABLE = "undecodable"  # a readable format, broken inside
+    TOO_SMALL = "too_small"  # shorter edge below the limit
+    TOO_MANY_BYTES = "too_many_bytes"  # file above the limit
+    TOO_MANY_PIXELS = "too_many_pixels"  # width times height above the limit
+
+    # Copies (dedup).
+    EXACT_COPY = "exact_copy"  # equal bytes or equal pixels
+    NEAR_DUPLICATE = "near_duplicate"  # similarity to a kept picture at or above the threshold
+
+    # The mixture.
+    NO_CAPTION = "no_caption"  # the caption set has none of outcome ok
+    NOT_SAMPLED = "not_sampled"  # beyond the number of pictures that the recipe takes
+
+
+class PictureError(Exception):
+    """Bytes that do not become a picture: ``reason`` is counted, ``detail`` is for the reader."""
+
+    def __init__(self, reason: RejectReason, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
