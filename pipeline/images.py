@@ -133,18 +133,6 @@ def decode(data: bytes, limits: Limits) -> Pixels:
     return pixels
 
 
-def shorter_edge_resize(pixels: Pixels, target_px: int, resample: Resample = "bilinear") -> Pixels:
-    """Resize to a shorter edge of ``target_px``, keeping the aspect (the longer edge rounds down).
-
-    Pillow's antialiased filters. The result of a very long picture is as long: bound the aspect,
-    or use :func:`resize_and_crop_square`, where it could be enlarged.
-    """
-    width, height = _resized_size(pixels, target_px)
-    return np.asarray(
-        Image.fromarray(pixels).resize((width, height), Image.Resampling[resample.upper()])
-    )
-
-
 def resize_and_crop_square(
     pixels: Pixels, resolution: int, resample: Resample = "bilinear"
 ) -> tuple[Pixels, tuple[int, int, int, int]]:

