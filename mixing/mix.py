@@ -25,13 +25,14 @@ def run_recipe(recipe: Recipe, runner: RunnerOptions) -> None:
         EvenmixError: a dataset has no pictures for it, or another mixture has its name.
     """
     select = Select(recipe)
-    _refuse_empty(run_stage(select, select.plan(), runner))
+    refuse_empty(run_stage(select, select.plan(), runner))
     write = Write(recipe)
     run_stage(write, write.plan(), runner)
     publish_manifest(recipe, write)
 
 
-def _refuse_empty(summaries: Mapping[str, Summary]) -> None:
+def refuse_empty(summaries: Mapping[str, Summary]) -> None:
+    """Raise an EvenmixError that names the datasets of which nothing was selected, and why."""
     empty = [
         f"{dataset} ({', '.join(f'{reason} {n}' for reason, n in summary.counts.rejected.items())})"
         for dataset, summary in sorted(summaries.items())

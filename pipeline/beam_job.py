@@ -8,14 +8,14 @@ and its workers.
 
 import argparse
 import contextlib
+import json
 import logging
 import multiprocessing
 import os
-import re
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
@@ -29,6 +29,7 @@ from pipeline.stage import Stage, WorkItem, publish_item, read_work_list
 
 _LOCAL_RUNNER = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
 _WORKER_MODULE = "sdk_worker_main"
+_CARRIED = "evenmix could not go on: "
 _LOST_WORKER_GRACE_S = 5.0
 _POLL_S = 0.5
 
@@ -49,12 +50,13 @@ class RunnerOptions:
         """Tell whether the job runs on this machine."""
         return not any(arg.split("=")[0] == "--runner" for arg in self.beam_args)
 
-    def pipeline_options(self) -> PipelineOptions:
-        """Return Beam's options object."""
+    def pipeline_options(self, num_items: int) -> PipelineOptions:
+        """Return Beam's options for a work list; one item alone runs in the job's own process."""
+        workers = max(1, min(self.workers, num_items))
         local = [
             f"--runner={_LOCAL_RUNNER}",
-            "--direct_running_mode=multi_processing",
-            f"--direct_num_workers={self.workers}",
+            f"--direct_running_mode={'multi_processing' if workers > 1 else 'in_memory'}",
+            f"--direct_num_workers={workers}",
         ]
         # Beam would pickle the main module by default; nothing of ours lives there.
         session = "--no_save_main_session"
@@ -69,44 +71,72 @@ class PublishItems(beam.DoFn):  # type: ignore[misc]
 
     def process(self, element: WorkItem) -> None:
         """Publish one item."""
-        publish_item(self._stage, element)
+        with _carry_message():
+            publish_item(self._stage, element)
 
 
-def build(pipeline: beam.Pipeline, stage: Stage, work_list_url: str) -> beam.PCollection:
+def _read_items(work_list_url: str) -> list[WorkItem]:
+    with _carry_message():
+        return read_work_list(work_list_url)
+
+
+@contextlib.contextmanager
+def _carry_message() -> Iterator[None]:
+    """Put the message of an EvenmixError in a form that :func:`_failure` finds again.
+
+    Beam turns exceptions into tracebacks, in which the end of a message of several lines cannot be
+    told from what follows it: as JSON it is one line with an end.
+    """
+    try:
+        yield
+    except EvenmixError as error:
+        raise RuntimeError(_CARRIED + json.dumps(str(error))) from None
+
+
+def build(pipeline: beam.Pipeline, stage: Stage, work_list_urls: Sequence[str]) -> beam.PCollection:
     """Add a stage to a pipeline. Only references travel between its steps, never pictures."""
     publish = beam.ParDo(PublishItems(stage))
     if stage.resource_hints:
         publish = publish.with_resource_hints(**stage.resource_hints)
     return (
         pipeline
-        | "WorkListUrl" >> beam.Create([work_list_url])
-        | "ReadWorkList" >> beam.FlatMap(read_work_list)
+        | "WorkLists" >> beam.Create(work_list_urls)
+        | "ReadWorkList" >> beam.FlatMap(_read_items)
         | "SpreadOverWorkers" >> beam.Reshuffle()
         | "PublishItems" >> publish
     )
 
 
 def run(
-    stage: Stage, work_list_url: str, options: RunnerOptions, while_waiting: Callable[[], Any]
+    stage: Stage,
+    work_list_urls: Sequence[str],
+    options: RunnerOptions,
+    while_waiting: Callable[[], Any],
 ) -> None:
-    """Run a stage's work list to its end, calling ``while_waiting`` about every second.
+    """Run a stage's work lists to their end, calling ``while_waiting`` about every second.
 
     Raises:
         EvenmixError: an item cannot be done, or a worker process was lost.
         RuntimeError: an item failed in a way that evenmix does not know; the text has Beam's trace.
     """
-    context = multiprocessing.get_context("spawn")
+    # A fork server has imported Beam once and has no threads, so each job starts at once.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     receiver, sender = context.Pipe(duplex=False)
-    job = context.Process(target=_job_main, args=(stage, work_list_url, options, sender))
+    job = context.Process(
+        target=_job_main, args=(stage, work_list_urls, options, dict(os.environ), sender)
+    )
     job.start()
     sender.close()
     try:
-        while job.is_alive():
-            job.join(timeout=1.0)
+        # The job sends its failure, or its end of the pipe closes.
+        while job.is_alive() and not receiver.poll(timeout=1.0):
             while_waiting()
         failure = _receive(receiver)
+        job.join(_LOST_WORKER_GRACE_S)
     finally:
-        _kill_tree(job.pid)
+        if job.is_alive():
+            _kill_tree(job.pid)
         job.join()
     if failure is not None:
         raise failure
@@ -128,8 +158,16 @@ def _lost(what: str) -> EvenmixError:
     )
 
 
-def _job_main(stage: Stage, work_list_url: str, options: RunnerOptions, sender: Connection) -> None:
+def _job_main(
+    stage: Stage,
+    work_list_urls: Sequence[str],
+    options: RunnerOptions,
+    environment: Mapping[str, str],
+    sender: Connection,
+) -> None:
     """Run the pipeline; the body of the job's process."""
+    # The fork server has kept the environment of the moment when it was started.
+    os.environ.update(environment)
     # The parent handles Ctrl-C for both.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if options.is_local:
@@ -137,8 +175,9 @@ def _job_main(stage: Stage, work_list_url: str, options: RunnerOptions, sender: 
         logging.disable(logging.CRITICAL)
         threading.Thread(target=_watch_family, args=(sender,), daemon=True).start()
     try:
-        pipeline = beam.Pipeline(options=options.pipeline_options())
-        build(pipeline, stage, work_list_url)
+        num_items = sum(len(read_work_list(url)) for url in work_list_urls)
+        pipeline = beam.Pipeline(options=options.pipeline_options(num_items))
+        build(pipeline, stage, work_list_urls)
         pipeline.run().wait_until_finish()
     except Exception as error:
         sender.send(_failure(error))
@@ -151,8 +190,12 @@ def _failure(error: Exception) -> Exception:
     """Recover the message of an EvenmixError that Beam has wrapped into a worker's traceback."""
     if isinstance(error, EvenmixError):
         return error
-    wrapped = re.findall(r"EvenmixError: (.*?)(?: \[while running|\n|$)", str(error), re.DOTALL)
-    return EvenmixError(wrapped[-1].strip()) if wrapped else RuntimeError(str(error))
+    text = str(error)
+    start = text.rfind(_CARRIED)
+    if start < 0:
+        return RuntimeError(text)
+    message, _ = json.JSONDecoder().raw_decode(text, start + len(_CARRIED))
+    return EvenmixError(message)
 
 
 def _watch_family(sender: Connection) -> None:

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import os
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 from pipeline.beam_job import RunnerOptions, beam_option_names
@@ -36,9 +37,13 @@ def runner_of(args: argparse.Namespace) -> RunnerOptions:
     Raises:
         EvenmixError: Beam has no such option.
     """
+    if args.workers < 1:
+        raise EvenmixError(f"--workers {args.workers}: at least one is needed")
     known = beam_option_names()
-    for word in args.beam_options:
+    for before, word in pairwise([args.recipe, *args.beam_options]):
         name = word.split("=")[0]
+        if not word.startswith("--") and (not before.startswith("--") or "=" in before):
+            raise EvenmixError(f"{word!r} belongs to no option; there is one recipe a command")
         if word.startswith("--") and name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""

@@ -34,6 +34,8 @@ def load_toml(url: str, model: type[Model], overrides: Mapping[str, Any]) -> Mod
             section = document
             for table in tables:
                 section = section.setdefault(table, {})
+                if not isinstance(section, dict):
+                    raise EvenmixError(f"{url}: {table} is a value, but must be a table")
             section[key] = value
     return _check(url, document, model)
 

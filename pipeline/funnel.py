@@ -1,8 +1,10 @@
 """The funnel of a build: what became of every record of every dataset, from source to mixture."""
 
+from rich import box
 from rich.table import Table
 
 from pipeline.ingest import FOLDER as IMAGES
+from pipeline.progress import reasons_text
 from pipeline.receipts import Counts
 from pipeline.recipe import Recipe
 from pipeline.stage import read_summary
@@ -10,9 +12,14 @@ from pipeline.stage import read_summary
 
 def funnel_table(recipe: Recipe) -> Table:
     """Return the table of a finished build, counted from the summaries of its stages."""
-    table = Table(title=f"the funnel of {recipe.root}", title_justify="left")
-    for column in ["dataset", "read", "rejected", "duplicates", "captioned", "in the mixture"]:
-        table.add_column(column, justify="right" if column == "read" else "left", overflow="fold")
+    title = f"the funnel of {recipe.root}, from source to mixture"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_lines=True)
+    table.add_column("dataset", overflow="fold")
+    table.add_column("read", justify="right")
+    table.add_column("rejected", no_wrap=True)
+    table.add_column("duplicates", no_wrap=True)
+    table.add_column("captioned", justify="right")
+    table.add_column("mixture", justify="right")
     for dataset in sorted(recipe.datasets):
         ingested = _counts(recipe, IMAGES, dataset)
         deduplicated = _counts(recipe, f"duplicates/{recipe.dedup.name}", dataset)
@@ -21,8 +28,8 @@ def funnel_table(recipe: Recipe) -> Table:
         table.add_row(
             dataset,
             f"{ingested.records_in:,}",
-            _reasons(ingested),
-            _reasons(deduplicated),
+            reasons_text(ingested, "\n"),
+            reasons_text(deduplicated, "\n"),
             f"{captioned.records_out:,}",
             f"{mixed.records_out:,}",
         )
@@ -33,7 +40,3 @@ def _counts(recipe: Recipe, folder: str, dataset: str) -> Counts:
     """Return a stage's sums; zero for a dataset that the mixture leaves out."""
     summary = read_summary(recipe.root, folder, dataset)
     return summary.counts if summary else Counts()
-
-
-def _reasons(counts: Counts) -> str:
-    return "\n".join(f"{reason} {n:,}" for reason, n in sorted(counts.rejected.items())) or "none"

@@ -63,7 +63,7 @@ class Ingest:
         dataset = self.datasets[item.dataset]
         tar, kept, rejected = TarWriter(), list[dict[str, Any]](), list[dict[str, Any]]()
         for record in readers.read(dataset, item):
-            key = record.source_id and key_of(item.dataset, record.source_id)
+            key = key_of(item.dataset, record.source_id) if record.source_id else None
             try:
                 row = _judge(record, self.limits)
             except PictureError as error:
@@ -98,7 +98,7 @@ def _judge(record: readers.Record, limits: Limits) -> dict[str, Any]:
     """
     if record.reason is not None:
         raise PictureError(record.reason, record.detail)
-    if record.source_id is None:
+    if not record.source_id:
         raise PictureError(RejectReason.BAD_RECORD, "it has no id")
     pixels = images.decode(record.picture, limits)
     header = images.probe(record.picture)

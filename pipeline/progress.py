@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping
 
+from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -75,21 +76,23 @@ def _clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
-def counts_table(title: str, counts: Mapping[str, Counts], sum_up: bool = True) -> Table:
+def counts_table(title: str, counts: Mapping[str, Counts]) -> Table:
     """Return a table of what went in and came out, and the reasons of the difference."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("dataset", overflow="fold")
     table.add_column("in", justify="right")
     table.add_column("out", justify="right")
     table.add_column("rejected", overflow="fold")
-    rows = [*counts.items(), *([("all", total(counts.values()))] if sum_up else [])]
-    for dataset, count in rows:
-        reasons = ", ".join(f"{reason} {n:,}" for reason, n in sorted(count.rejected.items()))
-        style = "bold" if dataset == "all" else None
+    for dataset, count in counts.items():
         table.add_row(
-            dataset, f"{count.records_in:,}", f"{count.records_out:,}", reasons, style=style
+            dataset, f"{count.records_in:,}", f"{count.records_out:,}", reasons_text(count, ", ")
         )
     return table
+
+
+def reasons_text(counts: Counts, separator: str) -> str:
+    """Return the rejections as text, such as ``too_small 4, truncated 1``."""
+    return separator.join(f"{reason} {n:,}" for reason, n in sorted(counts.rejected.items()))
 
 
 def exists_line(stage: Stage) -> str:

@@ -86,10 +86,12 @@ def _identities(files: Sequence[FileInfo]) -> list[dict[str, Any]]:
 
 def _shard_name(file_name: str, start: int) -> str:
     """Name a shard after its source file and first record, within a bounded length."""
-    plain = re.sub(r"[^A-Za-z0-9_-]+", "-", file_name.rsplit(".", 1)[0]).strip("-")
-    if len(plain) > _SHARD_NAME_CHARACTERS or "/" in file_name:
+    stem = file_name.rsplit(".", 1)[0]
+    plain = re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-")
+    if plain != stem or len(plain) > _SHARD_NAME_CHARACTERS:
+        # Two names may have become one.
         plain = f"{plain[-_SHARD_NAME_CHARACTERS:]}-{fingerprint({'file': file_name})[:8]}"
-    return f"{plain}-{start:09d}"
+    return f"{plain}-{start:09d}".lstrip("-")
 
 
 def _described_by(dataset: Dataset) -> list[str]:
@@ -138,6 +140,8 @@ def _plan_folder(name: str, dataset: Dataset, records_per_shard: int) -> list[Wo
 def _read_folder(item: WorkItem) -> Iterator[Record]:
     for (name, url), text_url in zip(item.payload["pictures"], item.payload["texts"], strict=True):
         text = storage.read_bytes(text_url).decode(errors="replace").strip() if text_url else None
+        # A local file's name need not be UTF-8, but a record's id is.
+        name = name.encode(errors="backslashreplace").decode()
         yield Record(locator=name, source_id=name, picture=storage.read_bytes(url), text=text)
 
 
@@ -205,16 +209,23 @@ def _read_parquet(dataset: Dataset, item: WorkItem) -> Iterator[Record]:
             for batch in file.iter_batches(_BATCH_ROWS, groups, _columns(dataset)):
                 begin = max(start - row, 0)
                 wanted = batch.slice(begin, max(min(stop - row, batch.num_rows) - begin, 0))
-                for place, values in enumerate(wanted.to_pylist(), row + begin):
-                    yield _parquet_record(dataset, f"{file_name}:{place}", values)
+                for place in range(wanted.num_rows):
+                    locator = f"{file_name}:{row + begin + place}"
+                    yield _parquet_record(dataset, locator, wanted.slice(place, 1))
                 row += batch.num_rows
+                if row >= stop:
+                    break
         except (pa.ArrowException, OSError) as error:
             raise EvenmixError(
                 f"{url} is damaged after row {row} ({error}); fetch the file again"
             ) from error
 
 
-def _parquet_record(dataset: Dataset, locator: str, values: Mapping[str, Any]) -> Record:
+def _parquet_record(dataset: Dataset, locator: str, row: pa.RecordBatch) -> Record:
+    try:
+        (values,) = row.to_pylist()
+    except UnicodeDecodeError as error:
+        return Record(locator, None, reason=RejectReason.BAD_RECORD, detail=f"its text: {error}")
     source_id = values[dataset.id_field or ""]
     if source_id is None:
         return Record(locator, None, reason=RejectReason.BAD_RECORD, detail="its id is null")
@@ -269,20 +280,28 @@ def _tar_members(file: Any) -> Iterator[tuple[str, bytes]]:
     """Stream the regular members of a tar.
 
     Raises:
-        tarfile.ReadError: the archive is cut or damaged; also where it ends without the block of
-            zeros that closes every archive, which the tarfile module takes for a proper end.
+        tarfile.ReadError: the archive is cut or damaged; also where the tarfile module takes a
+            damaged header, or the lack of the block of zeros that closes every archive, for a
+            proper end.
     """
-    with tarfile.open(fileobj=file, mode="r:") as tar:
+    # A name need not be UTF-8, but a record's id and locator are.
+    with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace") as tar:
+        end = 0
         for info in tar:
-            if info.isreg():
-                member = tar.extractfile(info)
-                data = member.read() if member else b""
+            # tarfile believes negative sizes and goes back; it would never come to an end.
+            if tar.offset <= end:
+                raise tarfile.ReadError(f"{info.name} has a size of {info.size} bytes")
+            end = tar.offset
+            # A sparse member claims any size without having the bytes.
+            if info.isreg() and not info.issparse():
+                file.seek(info.offset_data)
+                data = file.read(info.size)
                 if len(data) != info.size:
                     raise tarfile.ReadError(f"{info.name} is cut")
                 yield info.name, data
         file.seek(tar.offset)
-        if len(file.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
-            raise tarfile.ReadError("the archive has no end")
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError("it goes on with a damaged header, or has no end")
 
 
 def _webdataset_record(
@@ -291,9 +310,11 @@ def _webdataset_record(
     suffixes = [suffix for suffix in members if f".{suffix}" in PICTURE_SUFFIXES]
     try:
         fields = json.loads(members.get("json", b"{}"))
-        source_id = str(fields[dataset.id_field]) if dataset.id_field else stem
+        # Half of a surrogate pair is JSON, but no text.
+        json.dumps(fields, ensure_ascii=False).encode()
+        source_id = str(fields[dataset.id_field] or "") if dataset.id_field else stem
         description = _description(dataset, fields)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         detail = f"its JSON lacks or breaks {error}"
         return Record(locator, None, reason=RejectReason.BAD_RECORD, detail=detail)
     if not suffixes:

@@ -13,7 +13,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import google_crc32c
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline import storage
 from pipeline.errors import EvenmixError
@@ -102,29 +104,33 @@ def fingerprint(identity: Mapping[str, Any]) -> str:
 
 
 def table_digest(table: pa.Table) -> str:
-    """Return the sha256 of a table's schema and rows, whatever its chunks and metadata."""
-    plain = table.replace_schema_metadata(None).combine_chunks()
+    """Return the sha256 of a table's column names and values.
+
+    It does not depend on how Arrow holds them (chunks, offsets, what lies under a null), so a table
+    has the same digest before it is written and after it is read.
+    """
     hasher = hashlib.sha256()
-    with pa.ipc.new_stream(_HashSink(hasher), plain.schema) as writer:
-        writer.write_table(plain)
+    for name in table.column_names:
+        hasher.update(f"{name}\0{table.num_rows}\0".encode())
+        _hash_values(hasher, table[name].combine_chunks())
     return hasher.hexdigest()
 
 
-class _HashSink:
-    """A file that only hashes what is written to it."""
-
-    closed = False
-
-    def __init__(self, hasher: Any) -> None:
-        self._hasher = hasher
-
-    def write(self, data: Any) -> int:
-        self._hasher.update(data)
-        return len(data)
-
-    def flush(self) -> None: ...
-
-    def close(self) -> None: ...
+def _hash_values(hasher: "hashlib._Hash", values: pa.Array) -> None:
+    hasher.update(np.packbits(values.is_valid().to_numpy(zero_copy_only=False)).tobytes())
+    if pa.types.is_struct(values.type):
+        for child in values.flatten():
+            _hash_values(hasher, child)
+    elif pa.types.is_nested(values.type):
+        lengths = pc.list_value_length(values).drop_null()
+        hasher.update(lengths.cast(pa.int64()).to_numpy().tobytes())
+        _hash_values(hasher, values.flatten())
+    elif pa.types.is_string(values.type) or pa.types.is_binary(values.type):
+        present = values.drop_null().cast(pa.binary())
+        hasher.update(pc.binary_length(present).cast(pa.int64()).to_numpy().tobytes())
+        hasher.update(b"".join(present.to_pylist()))
+    else:
+        hasher.update(values.drop_null().to_numpy(zero_copy_only=False).tobytes())
 
 
 def read_receipt(url: str) -> Receipt:

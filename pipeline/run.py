@@ -2,10 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 
-from pipeline import beam_job
+from pipeline import beam_job, storage
 from pipeline.beam_job import RunnerOptions
 from pipeline.progress import Progress, console, counts_table, exists_line
-from pipeline.stage import Stage, Summary, WorkItem, finish, make_plan, write_work_list
+from pipeline.receipts import total
+from pipeline.stage import (
+    Stage,
+    Summary,
+    WorkItem,
+    dataset_url,
+    finish,
+    make_plan,
+    write_work_lists,
+)
 
 
 def run_stage(
@@ -21,6 +30,9 @@ def run_stage(
     """
     plan = make_plan(stage, items)
     if not plan.missing and {item.dataset for item in items} == plan.summarised.keys():
+        for dataset in plan.summarised:
+            # A run that was killed while this one or another was ending may have left some.
+            storage.sweep(dataset_url(stage.root, stage.folder, dataset))
         console.print(exists_line(stage), soft_wrap=True)
         return plan.summarised
     if plan.missing:
@@ -29,10 +41,12 @@ def run_stage(
                 f"{stage.name}: {len(plan.finished)} of {len(items)} items are published already",
                 soft_wrap=True,
             )
-        work_list = write_work_list(stage, plan.missing)
+        work_lists = write_work_lists(stage, plan.missing)
         with Progress(stage, plan) as progress:
-            beam_job.run(stage, work_list, options, progress.update)
+            beam_job.run(stage, work_lists, options, progress.update)
     summaries = {**plan.summarised, **finish(stage, items)}
     counts = {dataset: summaries[dataset].counts for dataset in sorted(summaries)}
+    if len(counts) > 1:
+        counts["all"] = total(counts.values())
     console.print(counts_table(f"{stage.name} ({stage.folder})", counts))
     return summaries

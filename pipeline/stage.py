@@ -30,7 +30,6 @@ from pipeline.receipts import (
 )
 
 SUMMARY = "stage.json"
-_WORK_LISTS = ".work"
 _CONCURRENT_READS = 16
 
 
@@ -260,7 +259,9 @@ def publish_item(stage: Stage, item: WorkItem) -> None:
         EvenmixError: its place is taken by work done in another way, or it cannot be written.
     """
     url = shard_url(stage, item.dataset, item.shard)
+    identity = item_identity(stage, item)
     if storage.exists(url):
+        _refuse_other_identity(stage, item.dataset, item.shard, read_receipt(url), identity)
         return
     output = stage.process(item)
     if not output.counts.is_conserved():
@@ -268,7 +269,7 @@ def publish_item(stage: Stage, item: WorkItem) -> None:
             f"{stage.name} {item.dataset}/{item.shard} lost records: {output.counts}"
         )
     receipt = Receipt(
-        identity=item_identity(stage, item),
+        identity=identity,
         counts=output.counts,
         digest=table_digest(output.table),
         tar=None if output.tar is None else checksum([output.tar]),
@@ -281,54 +282,73 @@ def publish_item(stage: Stage, item: WorkItem) -> None:
         _publish_beside_commit(f"{stem}.rejected.parquet", rejected, url)
     metadata = {METADATA_KEY: receipt.to_json()}
     if not storage.publish(url, storage.parquet_bytes(output.table, metadata)):
-        _refuse_other_identity(stage, item.dataset, item.shard, read_receipt(url), receipt.identity)
+        _refuse_other_identity(stage, item.dataset, item.shard, read_receipt(url), identity)
 
 
 def _publish_beside_commit(url: str, data: bytes, commit_url: str) -> None:
     """Publish a file that belongs to a commit which is still to come.
 
     If the name is taken, an equal attempt may be under way: then the bytes are equal and stay.
-    Other bytes without a commit were left by a killed run with other settings and are replaced.
+    Other bytes without a commit were left by a killed run with other settings and are replaced,
+    in one step: the equal attempt may commit meanwhile, and no commit may be without its tar.
     """
     if storage.publish(url, data):
         return
-    if checksum(storage.read_chunks(url)) == checksum([data]) or storage.exists(commit_url):
-        return
-    storage.remove(url)
-    storage.publish(url, data)
+    if checksum(storage.read_chunks(url)) != checksum([data]) and not storage.exists(commit_url):
+        storage.replace(url, data)
 
 
-def write_work_list(stage: Stage, items: Sequence[WorkItem]) -> str:
-    """Store work items as JSON lines, so that no job description has to carry them."""
-    lines = "".join(json.dumps(asdict(item), sort_keys=True) + "\n" for item in items)
-    name = fingerprint({"lines": lines})[:16]
-    url = storage.join(stage.root, stage.folder, _WORK_LISTS, f"{name}.jsonl")
-    storage.publish(url, lines.encode())
-    return url
+def write_work_lists(stage: Stage, items: Sequence[WorkItem]) -> list[str]:
+    """Store work items as JSON lines, so that no job description has to carry them.
+
+    There is one list a dataset, beside its shards: it goes when that dataset is finished, and
+    never the list of a build that is busy with another.
+    """
+    urls = []
+    for dataset in sorted({item.dataset for item in items}):
+        lines = "".join(
+            json.dumps(asdict(item), sort_keys=True) + "\n"
+            for item in items
+            if item.dataset == dataset
+        )
+        name = f"{storage.TEMPORARY_PREFIX}work-{fingerprint({'lines': lines})[:16]}.jsonl"
+        urls.append(storage.join(dataset_url(stage.root, stage.folder, dataset), name))
+        storage.publish(urls[-1], lines.encode())
+    return urls
 
 
 def read_work_list(url: str) -> list[WorkItem]:
     """Read a work list; one that is gone was finished by another build, so nothing remains."""
-    if not storage.exists(url):
+    try:
+        lines = storage.read_bytes(url).splitlines()
+    except EvenmixError:
+        if storage.exists(url):
+            raise
         return []
-    return [WorkItem(**json.loads(line)) for line in storage.read_bytes(url).splitlines()]
+    return [WorkItem(**json.loads(line)) for line in lines]
 
 
 def finish(stage: Stage, items: Sequence[WorkItem]) -> dict[str, Summary]:
-    """Check the sums of a stage whose items have all run, publish ``stage.json``, sweep up.
+    """Check the sums of a stage whose items have all run, sweep up, publish ``stage.json``.
 
     Raises:
-        EvenmixError: an item has no commit although the job has ended.
+        EvenmixError: an item has no commit although the job has ended, or another build with
+            other inputs or another configuration has published here meanwhile.
     """
     summaries = {}
     for dataset in sorted({item.dataset for item in items}):
+        planned = {
+            item.shard: item_identity(stage, item) for item in items if item.dataset == dataset
+        }
         receipts = committed_receipts(stage, dataset)
-        absent = {item.shard for item in items if item.dataset == dataset} - receipts.keys()
+        absent = planned.keys() - receipts.keys()
         if absent:
             raise EvenmixError(
                 f"{stage.name}: {len(absent)} shards of {dataset} were not published, such as "
                 f"{min(absent)}; start the same command again"
             )
+        for shard, receipt in sorted(receipts.items()):
+            _refuse_other_identity(stage, dataset, shard, receipt, planned.get(shard))
         summary = Summary(
             stage=stage.name,
             dataset=dataset,
@@ -343,8 +363,20 @@ def finish(stage: Stage, items: Sequence[WorkItem]) -> dict[str, Summary]:
             counts=total(receipt.counts for receipt in receipts.values()),
         )
         folder = dataset_url(stage.root, stage.folder, dataset)
+        _sweep(folder, receipts)
         storage.publish(storage.join(folder, SUMMARY), summary.to_json())
-        storage.sweep(folder)
         summaries[dataset] = summary
-    storage.remove_folder(storage.join(stage.root, stage.folder, _WORK_LISTS))
     return summaries
+
+
+def _sweep(folder: str, receipts: Mapping[str, Receipt]) -> None:
+    """Remove what killed runs left in the folder of a dataset whose items are all published."""
+    storage.sweep(folder)
+    kept = {f"{shard}.tar" for shard in receipts} | {
+        f"{shard}.rejected.parquet"
+        for shard, receipt in receipts.items()
+        if receipt.counts.rejected
+    }
+    for file in storage.list_files(folder):
+        if file.name.endswith((".tar", ".rejected.parquet")) and file.name not in kept:
+            storage.remove(file.url)

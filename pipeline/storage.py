@@ -6,6 +6,7 @@ other learns of it.
 """
 
 import os
+import re
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,11 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import EvenmixError
 
-TEMPORARY_PREFIX = ".writing-"
+TEMPORARY_PREFIX = ".temporary-"
+"""Begins the name of every file that is of no use once the work of its folder is published."""
+
 _UPLOAD_CHUNK_BYTES = 8 << 20
+_WILDCARD = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,14 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """Return the file system of a URL and the path inside it.
 
     Listings are never cached: another process may publish at any time.
+
+    Raises:
+        EvenmixError: no such kind of store is known, or its library is not installed.
     """
-    fs, path = fsspec.url_to_fs(url, **_filesystem_options(url))
+    try:
+        fs, path = fsspec.url_to_fs(url, **_filesystem_options(url))
+    except (ValueError, ImportError) as error:
+        raise EvenmixError(f"{url} cannot be opened: {error}; correct the URL") from error
     return fs, path
 
 
@@ -62,13 +72,25 @@ def publish(url: str, data: bytes) -> bool:
     Raises:
         EvenmixError: the file cannot be written (disk full, no permission, store out of reach).
     """
+    return _write(url, data, replace=False)
+
+
+def replace(url: str, data: bytes) -> None:
+    """Write a file in place of what has the name, if anything: at every moment one or the other.
+
+    Raises:
+        EvenmixError: the file cannot be written.
+    """
+    _write(url, data, replace=True)
+
+
+def _write(url: str, data: bytes, replace: bool) -> bool:
+    """Write a file and return True, or return False because the name is taken."""
     fs, path = filesystem(url)
     try:
         if isinstance(fs, LocalFileSystem):
-            return _publish_local(Path(path), data)
-        return _publish_object(fs, path, data)
-    except FileExistsError:
-        return False
+            return _write_local(Path(path), data, replace)
+        return _write_object(fs, path, data, replace)
     except OSError as error:
         raise EvenmixError(
             f"cannot write {url} ({len(data):,} bytes): {error}. Nothing that was published is "
@@ -76,7 +98,7 @@ def publish(url: str, data: bytes) -> bool:
         ) from error
 
 
-def _publish_object(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> bool:
+def _write_object(fs: fsspec.AbstractFileSystem, path: str, data: bytes, replace: bool) -> bool:
     options: dict[str, int] = {}
     if "gs" in fs.protocol:
         # gcsfs frames small uploads as MIME parts with a constant boundary, which the bytes of a
@@ -84,7 +106,9 @@ def _publish_object(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> bo
         # bytes, and gcsfs takes them from chunksize up.
         options["chunksize"] = min(max(len(data), 1), _UPLOAD_CHUNK_BYTES)
     try:
-        fs.pipe_file(path, data, mode="create", **options)
+        fs.pipe_file(path, data, mode="overwrite" if replace else "create", **options)
+    except FileExistsError:
+        return False
     except OSError:
         raise
     except Exception as error:
@@ -93,7 +117,7 @@ def _publish_object(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> bo
     return True
 
 
-def _publish_local(path: Path, data: bytes) -> bool:
+def _write_local(path: Path, data: bytes, replace: bool) -> bool:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}-{path.name}"
     try:
@@ -101,13 +125,16 @@ def _publish_local(path: Path, data: bytes) -> bool:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        # A link, unlike a rename, fails when the name is taken.
-        os.link(temporary, path)
-    except FileNotFoundError:
-        # The temporary file was swept by a build that had finished all work: it has our file too.
-        if path.exists():
+        try:
+            # A link, unlike a rename, fails when the name is taken.
+            (os.replace if replace else os.link)(temporary, path)
+        except FileExistsError:
             return False
-        raise
+        except FileNotFoundError:
+            # Swept by a build that had finished all work here: it has our file too.
+            if path.exists():
+                return False
+            raise
     finally:
         temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
@@ -127,15 +154,6 @@ def remove(url: str) -> None:
         return
 
 
-def remove_folder(url: str) -> None:
-    """Remove a folder and all below it; one that is gone already is no error."""
-    fs, path = filesystem(url)
-    try:
-        fs.rm(path, recursive=True)
-    except FileNotFoundError:
-        return
-
-
 def exists(url: str) -> bool:
     """Tell whether a file or folder exists."""
     fs, path = filesystem(url)
@@ -146,7 +164,7 @@ def read_bytes(url: str, offset: int = 0, length: int | None = None) -> bytes:
     """Read a file, or ``length`` bytes of it from ``offset``.
 
     Raises:
-        EvenmixError: the file does not exist or ends before ``offset + length``.
+        EvenmixError: the file does not exist, cannot be read, or ends before ``offset + length``.
     """
     fs, path = filesystem(url)
     end = None if length is None else offset + length
@@ -154,6 +172,8 @@ def read_bytes(url: str, offset: int = 0, length: int | None = None) -> bytes:
         data: bytes = fs.cat_file(path, start=offset, end=end)
     except FileNotFoundError as error:
         raise EvenmixError(f"{url} does not exist") from error
+    except OSError as error:
+        raise EvenmixError(f"{url} cannot be read: {error}") from error
     if length is not None and len(data) != length:
         raise EvenmixError(
             f"{url} is shorter than expected: {length} bytes asked for at {offset}, "
@@ -175,15 +195,17 @@ def list_files(url: str) -> list[FileInfo]:
 def glob_files(pattern: str) -> list[FileInfo]:
     """List the files that match a pattern such as ``gs://bucket/data/*.tar``, sorted by name.
 
-    Names are relative to the last folder before the first ``*``. A pattern without ``*`` is a
-    single file.
+    Names are relative to the last folder before the first wildcard (``*``, ``?``, ``[``). A pattern
+    without one is a single file.
     """
     fs, path = filesystem(pattern)
     found = {
         name: info for name, info in fs.glob(path, detail=True).items() if info["type"] == "file"
     }
-    fixed = pattern.split("*", 1)[0].rpartition("/")[0]
-    return _file_infos(fixed, path.split("*", 1)[0].rpartition("/")[0], found)
+    folder, slash, _ = _WILDCARD.split(pattern, 1)[0].rpartition("/")
+    return _file_infos(
+        folder or slash or ".", _WILDCARD.split(path, 1)[0].rpartition("/")[0], found
+    )
 
 
 def _file_infos(url: str, path: str, found: dict[str, dict[str, Any]]) -> list[FileInfo]:
@@ -197,7 +219,7 @@ def _file_infos(url: str, path: str, found: dict[str, dict[str, Any]]) -> list[F
 
 
 def sweep(url: str) -> None:
-    """Remove the temporary files that killed writers left below a folder.
+    """Remove the temporary files below a folder.
 
     Call it when all work there is published: a writer that is still busy then has lost anyway.
     """
@@ -251,7 +273,7 @@ def open_parquet(url: str) -> pq.ParquetFile:
         return pq.ParquetFile(fs.open(path, "rb"))
     except FileNotFoundError as error:
         raise EvenmixError(f"{url} does not exist") from error
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise EvenmixError(
             f"{url} cannot be read as Parquet ({error}); fetch or write it again"
         ) from error

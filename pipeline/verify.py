@@ -51,7 +51,11 @@ def verify(root: str, deep: bool) -> tuple[dict[str, Counts], list[str]]:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for folder in folders:
             url = storage.join(root, folder)
-            summary = Summary.from_json(storage.read_bytes(storage.join(url, SUMMARY)))
+            try:
+                summary = Summary.from_json(storage.read_bytes(storage.join(url, SUMMARY)))
+            except (ValueError, KeyError, TypeError) as error:
+                findings.append(f"{url}/{SUMMARY}: is damaged: {error!r}")
+                continue
             audits = list(pool.map(partial(_audit_shard, url, summary, deep), summary.items))
             findings += [finding for audit in audits for finding in audit.findings]
             recounted[folder] = total(audit.counts for audit in audits)
@@ -90,7 +94,10 @@ def _audit_shard(folder: str, summary: Summary, deep: bool, shard: str) -> Audit
             findings.append(f"{tar_url}: its bytes are not those that were published")
         pictures, tar_findings = _recount_tar(tar_url, data, table, deep)
         findings += tar_findings
-        rejected = _recount_rejected(storage.join(folder, f"{shard}.rejected.parquet"))
+        try:
+            rejected = _recount_rejected(storage.join(folder, f"{shard}.rejected.parquet"))
+        except EvenmixError as error:
+            return Audit(Counts(), [*findings, str(error)])
         counts = Counts(pictures + sum(rejected.values()), pictures, rejected)
         if counts != receipt.counts:
             findings.append(f"{tar_url}: holds {counts}, but its receipt says {receipt.counts}")
@@ -161,7 +168,7 @@ def run(args: argparse.Namespace) -> int:
     recounted, findings = verify(args.root, args.deep)
     if not recounted:
         raise EvenmixError(f"there is no finished work below {args.root}; is it a corpus root?")
-    console.print(counts_table("verify: recounted from the files", recounted, sum_up=False))
+    console.print(counts_table("verify: recounted from the files", recounted))
     if findings:
         lines = "\n  ".join(findings)
         raise EvenmixError(

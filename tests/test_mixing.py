@@ -1,0 +1,163 @@
+"""Which pictures a mixture takes, and with which weights. (Its shards are in test_build.py.)"""
+
+from collections import Counter
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from captioning.outcomes import CaptionOutcome
+from captioning.tables import CAPTIONS
+from mixing.mix import refuse_empty
+from mixing.select import Select
+from mixing.weights import dataset_weights
+from pipeline import storage
+from pipeline.errors import EvenmixError
+from pipeline.receipts import Counts
+from pipeline.recipe import Recipe
+from pipeline.records import INDEX, key_of
+from pipeline.stage import SUMMARY, Output, Summary
+
+SHARDS, ROWS = 3, 100
+
+RECIPE: dict[str, Any] = {
+    "seed": 3,
+    "datasets": {"set": {"layout": "folder", "source": "s", "licence": "CC0 1.0"}},
+    "captions": {"source": {"engine": "source"}},
+    "mixture": {
+        "name": "m",
+        "resolution": 64,
+        "captions": "source",
+        "validation_fraction": 0.1,
+        "samples_per_shard": 40,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A corpus of 300 pictures: each 10th a duplicate, 15th small, 25th captionless."""
+    root = str(tmp_path_factory.mktemp("corpus"))
+    tables: dict[str, list[pa.Table]] = {"images": [], "duplicates/sscd": [], "captions/source": []}
+    for shard in range(SHARDS):
+        index, duplicates, captions = [], [], []
+        for number in range(shard * ROWS, (shard + 1) * ROWS):
+            key = key_of("set", str(number))
+            index.append({"key": key, "width": 80, "height": 40 if number % 15 == 0 else 64})
+            duplicates.append({"key": key, "rule": None if number % 10 else "near_duplicate"})
+            outcome = CaptionOutcome.OK if number % 25 else CaptionOutcome.EMPTY
+            captions.append({"key": key, "captions": [{"text": "t", "outcome": outcome}]})
+        tables["images"].append(pa.Table.from_pylist(index, schema=INDEX))
+        tables["duplicates/sscd"].append(pa.Table.from_pylist(duplicates))
+        tables["captions/source"].append(pa.Table.from_pylist(captions, schema=CAPTIONS))
+    for folder, shards in tables.items():
+        url = storage.join(root, folder, "set")
+        for number, table in enumerate(shards):
+            storage.publish(f"{url}/shard-{number}.parquet", storage.parquet_bytes(table, {}))
+        items = {f"shard-{number}": {"digest": f"{folder}{number}"} for number in range(SHARDS)}
+        storage.publish(f"{url}/{SUMMARY}", Summary("s", "set", items, Counts()).to_json())
+    return root
+
+
+def select(root: str, **mixture: Any) -> Output:
+    """Select from the corpus with some of the mixture's settings changed."""
+    document = RECIPE | {"root": root, "mixture": RECIPE["mixture"] | mixture}
+    stage = Select(Recipe.model_validate(document))
+    (item,) = stage.plan()
+    return stage.process(item)
+
+
+def keys(output: Output, split: str) -> set[str]:
+    rows = output.table.to_pylist()
+    return {row["key"] for row in rows if row["destination"].startswith(split)}
+
+
+def test_every_picture_is_counted_under_its_first_reason(root: str) -> None:
+    numbers = range(SHARDS * ROWS)
+    duplicates = [n for n in numbers if n % 10 == 0]
+    small = [n for n in numbers if n % 15 == 0 and n % 10]
+    captionless = [n for n in numbers if n % 25 == 0 and n % 10 and n % 15]
+    output = select(root)
+    assert output.counts.records_in == SHARDS * ROWS
+    assert output.counts.rejected == {
+        "near_duplicate": len(duplicates),
+        "no_caption": len(captionless),
+        "too_small": len(small),
+    }
+    assert output.counts.is_conserved()
+    expected = {
+        key_of("set", str(n)) for n in numbers if n not in {*duplicates, *small, *captionless}
+    }
+    assert {row["key"] for row in output.table.to_pylist()} == expected
+
+
+def test_a_smaller_mixture_is_a_subset_of_a_larger_one(root: str) -> None:
+    small, large = (select(root, images_per_dataset=n) for n in (50, 120))
+    assert len(keys(small, "train")) == 50
+    assert keys(small, "train") < keys(large, "train")
+    assert keys(small, "validation") == keys(large, "validation")
+    assert small.counts.rejected["not_sampled"] - large.counts.rejected["not_sampled"] == 70
+    assert small.counts.is_conserved()
+
+
+def test_what_is_held_out_is_never_trained_on(root: str) -> None:
+    output = select(root)
+    assert keys(output, "validation")
+    assert not keys(output, "validation") & keys(output, "train")
+
+
+def test_rows_point_to_their_pictures(root: str) -> None:
+    for row in select(root).table.to_pylist():
+        index = storage.read_parquet(f"{root}/images/set/{row['shard']}.parquet", ["key"])
+        assert index["key"][row["row"]].as_py() == row["key"]
+
+
+def test_shards_are_about_even_and_shuffled(root: str) -> None:
+    rows = select(root).table.to_pylist()
+    sizes = Counter(r["destination"] for r in rows if r["destination"].startswith("train"))
+    assert len(sizes) == -(-sum(sizes.values()) // 40)
+    first = [(r["shard"], r["row"]) for r in rows if r["destination"] == "train-00000"]
+    assert first != sorted(first)
+    assert {shard for shard, _ in first} == {"shard-0", "shard-1", "shard-2"}
+
+
+def test_another_seed_takes_other_pictures(root: str) -> None:
+    one = select(root, images_per_dataset=50)
+    document = RECIPE | {"root": root, "seed": 4}
+    document["mixture"] = RECIPE["mixture"] | {"images_per_dataset": 50}
+    stage = Select(Recipe.model_validate(document))
+    other = stage.process(stage.plan()[0])
+    assert keys(one, "train") != keys(other, "train")
+
+
+def test_tables_that_are_not_aligned_are_never_joined(root: str, tmp_path: Path) -> None:
+    shuffled = str(tmp_path)
+    for file in storage.list_files(root):
+        data = storage.read_bytes(file.url)
+        if file.name == "captions/source/set/shard-1.parquet":
+            table = storage.read_parquet(file.url)
+            data = storage.parquet_bytes(table.take(list(reversed(range(ROWS)))), {})
+        storage.publish(storage.join(shuffled, file.name), data)
+    with pytest.raises(AssertionError, match="shard-1 row 0"):
+        select(shuffled)
+
+
+def test_an_empty_dataset_is_refused_with_its_reasons(root: str) -> None:
+    output = select(root, min_short_edge_px=1000)
+    summary = Summary("select", "set", {}, output.counts)
+    with pytest.raises(EvenmixError, match=r"set \(near_duplicate 30, too_small 270\)"):
+        refuse_empty({"set": summary})
+    refuse_empty({"set": replace(summary, counts=Counts(1, 1))})
+
+
+def test_equal_weights_are_exact() -> None:
+    weights = dataset_weights([f"d{i}" for i in range(11)], "equal")
+    assert set(weights.values()) == {Fraction(1, 11)}
+
+
+def test_given_weights_are_read_as_decimals_and_sum_to_one() -> None:
+    weights = dataset_weights(["a", "b", "c"], {"a": 0.1, "b": 0.2, "c": 0.1})
+    assert weights == {"a": Fraction(1, 4), "b": Fraction(1, 2), "c": Fraction(1, 4)}
