@@ -15,6 +15,7 @@ import fcntl
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -41,9 +42,14 @@ class Phase(StrEnum):
     FAILED = "failed"
 
 
+def run_path(folder: Path) -> Path:
+    """Return where the sockets of a folder's server are, those between vLLM's processes too."""
+    return folder / "run"
+
+
 def socket_path(folder: Path) -> Path:
     """Return the Unix socket of a folder's server."""
-    return folder / "socket"
+    return run_path(folder) / "socket"
 
 
 def log_path(folder: Path) -> Path:
@@ -71,7 +77,7 @@ def clear(folder: Path) -> None:
     """Remove what an earlier keeper left, its server's processes included, if it was killed."""
     kill_marked(folder)
     (folder / "state.json").unlink(missing_ok=True)
-    socket_path(folder).unlink(missing_ok=True)
+    shutil.rmtree(run_path(folder), ignore_errors=True)
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -143,12 +149,13 @@ def keep(folder: Path, start_timeout_s: float, command: list[str]) -> None:
     `socket_path(folder)`.
     """
     users = os.open(folder / "users", os.O_RDWR)
+    run_path(folder).mkdir()
     started = time.monotonic()
     server = subprocess.Popen(
         command,
         cwd=folder,  # so that nothing of the user's working directory is imported
         stdin=subprocess.DEVNULL,
-        env=os.environ | {MARK: str(folder)},
+        env=os.environ | {MARK: str(folder), "VLLM_RPC_BASE_PATH": str(run_path(folder))},
         preexec_fn=_die_with_parent,  # noqa: PLW1509  # the keeper has one thread
     )
     ready = False
@@ -166,13 +173,14 @@ def keep(folder: Path, start_timeout_s: float, command: list[str]) -> None:
                 break
             time.sleep(POLL_INTERVAL_S)
     finally:
+        print(f"evenmix ends the server: {reason or 'nobody uses it'}", flush=True)
         if reason and not ready:
             write_phase(folder, Phase.FAILED, reason)
         server.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             server.wait(SHUTDOWN_GRACE_S)
         kill_marked(folder)
-        socket_path(folder).unlink(missing_ok=True)
+        shutil.rmtree(run_path(folder), ignore_errors=True)
 
 
 def _exit_on_signal(signum: int, frame: object) -> NoReturn:

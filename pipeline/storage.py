@@ -9,6 +9,7 @@ import os
 import re
 import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -259,24 +260,31 @@ def parquet_metadata(url: str) -> dict[str, str]:
     """Return the key-value metadata of a Parquet file's footer, reading only the footer."""
     with open_parquet(url) as file:
         raw = file.schema_arrow.metadata or {}
-    return {key.decode(): value.decode() for key, value in raw.items()}
+    return {
+        key.decode(errors="replace"): value.decode(errors="replace") for key, value in raw.items()
+    }
 
 
-def open_parquet(url: str) -> pq.ParquetFile:
+@contextmanager
+def open_parquet(url: str) -> Iterator[pq.ParquetFile]:
     """Open a Parquet file for reading; only its footer is fetched.
 
     Raises:
         EvenmixError: the file is missing or is not Parquet.
     """
     fs, path = filesystem(url)
-    try:
-        return pq.ParquetFile(fs.open(path, "rb"))
-    except FileNotFoundError as error:
-        raise EvenmixError(f"{url} does not exist") from error
-    except (pa.ArrowException, OSError) as error:
-        raise EvenmixError(
-            f"{url} cannot be read as Parquet ({error}); fetch or write it again"
-        ) from error
+    with ExitStack() as opened:
+        try:
+            # ParquetFile does not close a file that it is given.
+            file = pq.ParquetFile(opened.enter_context(fs.open(path, "rb")))
+            _ = file.schema_arrow.names  # decodes them: they may be no UTF-8
+        except FileNotFoundError as error:
+            raise EvenmixError(f"{url} does not exist") from error
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise EvenmixError(
+                f"{url} cannot be read as Parquet ({error}); fetch or write it again"
+            ) from error
+        yield file
 
 
 def read_chunks(url: str, chunk_bytes: int = 1 << 22) -> Iterator[bytes]:

@@ -1,12 +1,16 @@
-"""A small corpus for tests: a few real photographs, shapes and lines of text in the three layouts.
+"""A small corpus for tests, in the three layouts, and the command to build it with.
 
 The photographs are those of scikit-image's package (public domain or CC0), with copies of them.
 """
 
 import io
 import json
+import os
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -51,16 +55,14 @@ validation_fraction = 0.2
 samples_per_shard = 16
 """
 
-IN_THE_SOURCES = {"lines": 24, "photographs": 13, "shapes": 32}
-"""Records of each dataset, broken ones included."""
-
-REJECTED = {
-    "lines": {"missing_picture": 1, "truncated": 1},
-    "photographs": {"empty_file": 1, "not_an_image": 1, "too_small": 1},
-    "shapes": {},
+COUNTS: dict[str, tuple[int, dict[str, int]]] = {
+    "lines": (24, {"missing_picture": 1, "truncated": 1}),
+    "photographs": (13, {"empty_file": 1, "not_an_image": 1, "too_small": 1}),
+    "shapes": (32, {}),
 }
+"""Records of each dataset, and how many of them must be rejected for which reason."""
 
-DUPLICATES = {
+DUPLICATES: dict[str, dict[str, int]] = {
     "lines": {},
     "photographs": {"exact_copy": 1, "near_duplicate": 5},
     "shapes": {"exact_copy": 1},
@@ -151,3 +153,23 @@ def _write_lines(folder: Path) -> None:
     for part in range(2):
         table = pa.Table.from_pylist(rows[part * 12 : part * 12 + 12])
         pq.write_table(table, folder / f"lines-{part}.parquet", row_group_size=5)
+
+
+def evenmix(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+    """Start the command as a user does; what it prints can be read from its standard output."""
+    process: subprocess.Popen[str] = subprocess.Popen(
+        [sys.executable, "-m", "pipeline.cli", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "COLUMNS": "120"},
+        **options,
+    )
+    return process
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """Wait for a command that must succeed and return what it printed."""
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed
+    return printed

@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -18,26 +17,7 @@ from PIL import Image
 from mixing.manifest import load_manifest
 from pipeline import storage
 from tests import corpora
-
-
-def evenmix(*arguments: str, **options: object) -> subprocess.Popen[str]:
-    """Start the command; what it prints can be read from its standard output."""
-    process: subprocess.Popen[str] = subprocess.Popen(
-        [sys.executable, "-m", "pipeline.cli", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "COLUMNS": "120"},
-        **options,  # type: ignore[call-overload]
-    )
-    return process
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    """Wait for a command that must succeed and return what it printed."""
-    printed, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, printed
-    return printed
+from tests.corpora import evenmix, finish
 
 
 def hashes(root: str) -> dict[str, str]:
@@ -65,12 +45,12 @@ def built(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 def test_every_record_is_accounted_for(built: tuple[Path, str]) -> None:
     root = built[0].parent / "corpus"
     for stage in ["images", "duplicates/sscd", "captions/source", "selections/small"]:
-        for dataset in corpora.IN_THE_SOURCES:
+        for dataset, (read, rejected) in corpora.COUNTS.items():
             counts = json.loads((root / stage / dataset / "stage.json").read_text())["counts"]
             assert counts["records_in"] == counts["records_out"] + sum(counts["rejected"].values())
             if stage == "images":
-                assert counts["records_in"] == corpora.IN_THE_SOURCES[dataset]
-                assert counts["rejected"] == corpora.REJECTED[dataset]
+                assert counts["records_in"] == read
+                assert counts["rejected"] == rejected
             if stage == "duplicates/sscd":
                 assert counts["rejected"] == corpora.DUPLICATES[dataset]
 

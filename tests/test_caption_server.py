@@ -1,0 +1,259 @@
+"""The keeper and its lease, on ordinary processes: what must hold for any server command."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+
+from captioning import keeper, server
+from captioning.keeper import Phase
+from pipeline.errors import EvenmixError
+
+# A stand-in for the command only: it listens on the socket, and has a child that would outlive it.
+HEALTHY_SERVER = """
+import http.server, os, socketserver, subprocess, sys
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+    def log_message(self, *args):
+        pass
+    def address_string(self):
+        return "unix"
+socketserver.UnixStreamServer("run/socket", Handler).serve_forever()
+"""
+
+
+@pytest.fixture
+def short_tmp(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A temporary folder with a path short enough for sockets."""
+    with tempfile.TemporaryDirectory(prefix="ev") as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        yield Path(folder)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A folder that looks like a checkpoint to evenmix; no vLLM opens it in this file."""
+    (tmp_path / "config.json").write_text("{}")
+    return tmp_path
+
+
+def _lease(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> server.ServerLease:
+    """A lease whose server is a small Python program instead of vLLM."""
+    monkeypatch.setattr(server, "server_command", lambda *_: [sys.executable, "-c", code])
+    return server.ServerLease(str(checkpoint), {}, start_timeout_s=2)
+
+
+def _eventually(condition: Callable[[], bool], timeout_s: float = 20) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def _pids(folder: Path) -> set[int]:
+    return {process.pid for process in keeper.marked_processes(folder)}
+
+
+def _keeper_pid(folder: Path) -> int:
+    """The parent of the server, which carries no mark itself."""
+    marked = keeper.marked_processes(folder)
+    parents: set[int] = {process.ppid() for process in marked}
+    (pid,) = parents - {process.pid for process in marked}
+    return pid
+
+
+def test_the_command_line_holds_the_arguments() -> None:
+    arguments = {
+        "max_model_len": 1024,
+        "enforce_eager": True,
+        "enable_prefix_caching": False,
+        "limit_mm_per_prompt": {"image": 1},
+    }
+    command = server.server_command("org/model", arguments, Path("/run/socket"))
+    assert command == [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", "org/model", "--served-model-name", "captioner", "--uds", "/run/socket"),
+        *(
+            "--disable-uvicorn-access-log",
+            "--generation-config",
+            "vllm",
+            "--max-model-len",
+            "1024",
+            "--enforce-eager",
+        ),
+        *("--no-enable-prefix-caching", "--limit-mm-per-prompt", '{"image": 1}'),
+    ]
+
+
+@pytest.mark.parametrize("name", ["port", "trust-remote-code", "served_model_name"])
+def test_reserved_and_unsafe_arguments_are_errors(name: str) -> None:
+    with pytest.raises(EvenmixError, match=name.replace("-", "_")):
+        server.server_command("org/model", {name: True}, Path("/run/socket"))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("/no/such/folder", "the model /no/such/folder does not exist"),
+        ("no-such-folder", "the model no-such-folder does not exist"),
+        ("evenmix-tests/no-such-model", "evenmix-tests/no-such-model is neither in the"),
+    ],
+)
+def test_a_missing_model_is_an_error_before_any_work(
+    model: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(EvenmixError, match=message):
+        server.resolve_model(model)
+
+
+def test_a_folder_without_a_checkpoint_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(EvenmixError, match=r"has no config\.json"):
+        server.resolve_model(str(tmp_path))
+
+
+def test_a_folder_that_others_can_enter_is_refused(short_tmp: Path, checkpoint: Path) -> None:
+    (short_tmp / f"evenmix-{os.getuid()}").mkdir(mode=0o755)
+    with pytest.raises(EvenmixError, match="not a folder of yours alone"):
+        server.ServerLease(str(checkpoint), {}, start_timeout_s=1)
+
+
+def test_a_temporary_folder_too_deep_for_sockets_is_an_error(
+    short_tmp: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = short_tmp / ("d" * 60)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    with pytest.raises(EvenmixError, match="set TMPDIR to a shorter path"):
+        server.ServerLease(str(checkpoint), {}, start_timeout_s=1)
+
+
+def test_leases_share_one_server_until_the_last_is_released(
+    short_tmp: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = _lease(checkpoint, monkeypatch, HEALTHY_SERVER)
+    second = _lease(checkpoint, monkeypatch, HEALTHY_SERVER)
+    assert first.folder.is_relative_to(short_tmp)
+    first.wait_until_ready()
+    pids = _pids(first.folder)
+    second.wait_until_ready()
+    assert len(pids) == 2
+    first.release()
+    time.sleep(3 * keeper.POLL_INTERVAL_S)
+    assert _pids(first.folder) == pids
+    assert keeper.is_healthy(first.folder)
+    second.release()
+    assert _eventually(lambda: not _pids(first.folder))
+
+
+def test_a_killed_server_is_replaced_and_its_children_are_killed(
+    short_tmp: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = _lease(checkpoint, monkeypatch, HEALTHY_SERVER)
+    lease.wait_until_ready()
+    before = _pids(lease.folder)
+    server_pid = next(p for p in before if psutil.Process(p).ppid() not in before)
+    os.kill(server_pid, signal.SIGKILL)
+    lease.wait_until_ready()
+    assert _eventually(lambda: len(_pids(lease.folder)) == 2)
+    assert not before & _pids(lease.folder)
+    lease.release()
+    assert _eventually(lambda: not _pids(lease.folder))
+
+
+@pytest.mark.parametrize("use_again", [True, False])
+def test_a_killed_keeper_leaves_nothing(
+    use_again: bool, short_tmp: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = _lease(checkpoint, monkeypatch, HEALTHY_SERVER)
+    lease.wait_until_ready()
+    before = _pids(lease.folder)
+    os.kill(_keeper_pid(lease.folder), signal.SIGKILL)
+    assert _eventually(lambda: not keeper.is_healthy(lease.folder))
+    assert _pids(lease.folder)  # the server's child, which no one has told
+    if use_again:
+        lease.wait_until_ready()
+        assert not before & _pids(lease.folder)
+    lease.release()
+    assert _eventually(lambda: not _pids(lease.folder))
+
+
+def test_a_killed_worker_loses_its_lease(
+    short_tmp: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = _lease(checkpoint, monkeypatch, HEALTHY_SERVER)
+    lease.wait_until_ready()
+    worker = subprocess.Popen(
+        [sys.executable, "-c", _HOLD_LEASE, str(lease.folder / "users")], stdout=subprocess.PIPE
+    )
+    assert worker.stdout is not None
+    assert worker.stdout.readline() == b"held\n"
+    lease.release()
+    time.sleep(3 * keeper.POLL_INTERVAL_S)
+    assert keeper.is_healthy(lease.folder)
+    worker.kill()
+    worker.communicate()
+    assert _eventually(lambda: not _pids(lease.folder))
+
+
+_HOLD_LEASE = """
+import fcntl, os, sys, time
+fcntl.flock(os.open(sys.argv[1], os.O_RDWR), fcntl.LOCK_SH)
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_server_that_exits_is_an_error_with_its_last_words(
+    short_tmp: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = _lease(checkpoint, monkeypatch, "import sys; print('no memory'); sys.exit(3)")
+    with pytest.raises(EvenmixError, match=r"exited with status 3(?s:.*)no memory(?s:.*)whole log"):
+        lease.wait_until_ready()
+    lease.release()
+
+
+def test_a_server_that_hangs_is_an_error_and_is_killed(
+    short_tmp: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = _lease(checkpoint, monkeypatch, "import time; time.sleep(600)")
+    with pytest.raises(EvenmixError, match="did not answer within 2 s"):
+        lease.wait_until_ready()
+    assert keeper.read_phase(lease.folder)[0] is Phase.FAILED
+    assert _eventually(lambda: not _pids(lease.folder))
+    lease.release()
+
+
+def test_all_who_wait_for_a_server_share_its_failure(
+    short_tmp: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "import sys, time; print('up', file=open('starts', 'a')); time.sleep(1); sys.exit(3)"
+    leases = [_lease(checkpoint, monkeypatch, code) for _ in range(4)]
+
+    def start(lease: server.ServerLease) -> str:
+        try:
+            lease.wait_until_ready()
+        except EvenmixError as error:
+            return str(error)
+        finally:
+            lease.release()
+        return ""
+
+    with ThreadPoolExecutor() as pool:
+        errors = list(pool.map(start, leases))
+    assert all("exited with status 3" in error for error in errors)
+    assert (leases[0].folder / "starts").read_text() == "up\n"
