@@ -9,9 +9,9 @@ from typing import Any
 from captioning import prompts
 from captioning.tables import caption_output, read_index
 from captioning.vllm_engine import Caption, CaptionRequest, EngineConfig, Sampling, VllmEngine
-from pipeline import images, storage
-from pipeline.images import Limits
+from pipeline import images, originals, storage
 from pipeline.ingest import FOLDER as IMAGES
+from pipeline.originals import read_original
 from pipeline.recipe import VllmCaptions
 from pipeline.records import uniform_hash
 from pipeline.stage import Output, WorkItem, dataset_url
@@ -59,7 +59,7 @@ class VllmCaptioning:
 
     def process(self, item: WorkItem) -> Output:
         """Caption the pictures of one image shard."""
-        index = read_index(self.root, item, ["key", "offset", "num_bytes", "width", "height"])
+        index = read_index(self.root, item, originals.COLUMNS)
         settings = self.settings
         engine = _engine(
             settings.model,
@@ -80,13 +80,9 @@ class VllmCaptioning:
         url = storage.join(dataset_url(self.root, IMAGES, item.dataset), f"{item.shard}.tar")
         prompt = prompts.BY_KIND[self.settings.prompt].text
         for picture in index:
-            data = storage.read_bytes(url, picture["offset"], picture["num_bytes"])
-            # The picture was within the limits when it was ingested.
-            limits = Limits(1, picture["width"] * picture["height"], picture["num_bytes"])
-            short_edge_px = min(CAPTIONER_SHORT_EDGE_PX, picture["width"], picture["height"])
-            square, _ = images.resize_and_crop_square(
-                images.decode(data, limits), short_edge_px, "bicubic"
-            )
+            pixels = read_original(url, picture)
+            short_edge_px = min(CAPTIONER_SHORT_EDGE_PX, *pixels.shape[:2])
+            square, _ = images.resize_and_crop_square(pixels, short_edge_px, "bicubic")
             for number in range(self.settings.captions_per_image):
                 seed = uniform_hash(self.seed, picture["key"], f"caption-{number}") >> 33
                 yield CaptionRequest(picture["key"], square, prompt, seed)

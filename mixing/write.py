@@ -1,10 +1,10 @@
 """The shards of a mixture: pictures resized and cropped, packed with all that is known of them."""
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -13,15 +13,14 @@ from captioning.outcomes import CaptionOutcome
 from mixing.select import SHARD as SELECTED
 from mixing.select import Select, corpus_digests
 from pipeline import images, storage
-from pipeline.errors import EvenmixError
-from pipeline.images import Limits
 from pipeline.ingest import FOLDER as IMAGES
+from pipeline.originals import read_original
 from pipeline.receipts import Counts
 from pipeline.recipe import Recipe
 from pipeline.stage import Output, WorkItem, dataset_url, finished_shards
 from pipeline.tars import TarWriter
 
-_CONCURRENT_READS = 16
+_THREADS = 8
 
 OFFSETS = pa.schema(
     [
@@ -88,10 +87,10 @@ class Write:
         described = self._describe(item.dataset, rows)
         extension = images.EXTENSIONS[self.recipe.mixture.image_format]
         tar, offsets = TarWriter(), []
-        with ThreadPoolExecutor(_CONCURRENT_READS) as pool:
-            originals = pool.map(self._read_original, described)
-            for picture, original in zip(described, originals, strict=True):
-                image, sample = self._sample(item.dataset, picture, original)
+        with ThreadPoolExecutor(_THREADS) as pool:
+            # A thread holds one decoded picture; what waits for the tar is small.
+            samples = pool.map(partial(self._sample, item.dataset), described)
+            for picture, (image, sample) in zip(described, samples, strict=True):
                 text = json.dumps(sample, ensure_ascii=False, sort_keys=True).encode()
                 offsets.append(
                     {
@@ -129,25 +128,11 @@ class Write:
         taken: list[dict[str, Any]] = storage.read_parquet(url).take(rows).to_pylist()
         return taken
 
-    def _read_original(self, picture: Mapping[str, Any]) -> bytes:
-        data = storage.read_bytes(picture["tar_url"], picture["offset"], picture["num_bytes"])
-        if hashlib.sha256(data).hexdigest() != picture["sha256"]:
-            raise EvenmixError(
-                f"{picture['tar_url']}: the bytes of picture {picture['key']} have changed since "
-                "they were ingested; `evenmix verify` lists what is damaged, ingest it again"
-            )
-        return data
-
-    def _sample(
-        self, dataset: str, picture: Mapping[str, Any], original: bytes
-    ) -> tuple[bytes, dict[str, Any]]:
+    def _sample(self, dataset: str, picture: Mapping[str, Any]) -> tuple[bytes, dict[str, Any]]:
         """Return a sample's encoded picture and its JSON."""
         mixture = self.recipe.mixture
-        # The picture was within the limits when it was ingested; its bytes are unchanged.
-        limits = Limits(1, picture["width"] * picture["height"], picture["num_bytes"])
-        pixels, crop = images.resize_and_crop_square(
-            images.decode(original, limits), mixture.resolution
-        )
+        pixels = read_original(picture["tar_url"], picture)
+        square, crop = images.resize_and_crop_square(pixels, mixture.resolution)
         sample = {
             "key": picture["key"],
             "dataset": dataset,
@@ -167,4 +152,4 @@ class Write:
             "crop": list(crop),
             "original_sha256": picture["sha256"],
         }
-        return images.encode(pixels, mixture.image_format), sample
+        return images.encode(square, mixture.image_format), sample

@@ -128,15 +128,17 @@ def run(
     )
     job.start()
     sender.close()
+    family: list[psutil.Process] = []
     try:
         # The job sends its failure, or its end of the pipe closes.
         while job.is_alive() and not receiver.poll(timeout=1.0):
+            family = _family(job.pid) or family
             while_waiting()
         failure = _receive(receiver)
         job.join(_LOST_WORKER_GRACE_S)
     finally:
-        if job.is_alive():
-            _kill_tree(job.pid)
+        # If the job was killed, its workers are orphans that would go on.
+        _kill([*family, *_family(job.pid)] if job.is_alive() else family)
         job.join()
     if failure is not None:
         raise failure
@@ -182,7 +184,7 @@ def _job_main(
     except Exception as error:
         sender.send(_failure(error))
     # Threads of Beam's may linger; all work is published or reported.
-    _kill_tree(os.getpid(), include_root=False)
+    _kill(_family(os.getpid())[:-1])
     os._exit(0)
 
 
@@ -206,14 +208,14 @@ def _watch_family(sender: Connection) -> None:
     while True:
         time.sleep(_POLL_S)
         if parent is not None and not parent.is_alive():
-            _kill_tree(me.pid)
+            _kill(_family(me.pid))
         alive = _worker_pids(me)
         now = time.monotonic()
         workers = {pid: workers.get(pid, now) for pid in workers} | dict.fromkeys(alive, now)
         lost = [pid for pid, seen in workers.items() if now - seen > _LOST_WORKER_GRACE_S]
         if lost:
             sender.send(_lost(f"worker process {lost[0]} is gone"))
-            _kill_tree(me.pid)
+            _kill(_family(me.pid))
 
 
 def _worker_pids(job: psutil.Process) -> list[int]:
@@ -227,14 +229,18 @@ def _worker_pids(job: psutil.Process) -> list[int]:
     return pids
 
 
-def _kill_tree(pid: int | None, include_root: bool = True) -> None:
-    """Kill a process and all that it started."""
+def _family(pid: int | None) -> list[psutil.Process]:
+    """Return all processes that a process has started, and it last; nothing if it is gone."""
     with contextlib.suppress(psutil.NoSuchProcess):
         root = psutil.Process(pid)
-        family = root.children(recursive=True) + ([root] if include_root else [])
-        for process in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        return [*root.children(recursive=True), root]
+    return []
+
+
+def _kill(processes: Sequence[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def beam_option_names() -> list[str]:

@@ -9,16 +9,20 @@ from collections.abc import Sequence
 from pipeline.errors import EvenmixError
 
 COMMANDS = {
-    "build": ("pipeline.build", "run all stages of a recipe, from sources to mixture"),
-    "ingest": ("pipeline.ingest", "read the sources, keep pictures that are whole"),
-    "embed": ("dedup.embed", "describe pictures with the copy detector SSCD"),
-    "dedup": ("dedup.deduplicate", "find exact copies and near-duplicates"),
-    "caption": ("captioning.caption", "write a set of captions"),
-    "mix": ("mixing.mix", "cut a mixture and write its shards"),
-    "train": ("train.train_command", "train on a mixture"),
-    "sample": ("train.sample_command", "draw pictures from a trained model"),
-    "verify": ("pipeline.verify", "recount a corpus and check its files"),
+    "build": ("pipeline.build", "pipeline,dedup", "run all stages of a recipe"),
+    "ingest": ("pipeline.ingest", "pipeline", "read the sources, keep pictures that are whole"),
+    "embed": ("dedup.embed", "pipeline,dedup", "describe pictures with the copy detector SSCD"),
+    "dedup": ("dedup.deduplicate", "pipeline,dedup", "find exact copies and near-duplicates"),
+    "caption": ("captioning.caption", "pipeline,vllm", "write a set of captions"),
+    "mix": ("mixing.mix", "pipeline", "cut a mixture and write its shards"),
+    "train": ("train.train_command", "train", "train on a mixture"),
+    "sample": ("train.sample_command", "train", "draw pictures from a trained model"),
+    "verify": ("pipeline.verify", "pipeline", "recount a corpus and check its files"),
 }
+"""Each sub-command's module, the extras that it needs, and what it does."""
+
+
+OWN_PACKAGES = {"pipeline", "captioning", "dedup", "mixing", "train"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,29 +30,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0 is success, 1 an obstacle that the message explains, 2 a wrong command line, 130 Ctrl-C.
     """
-    parser = argparse.ArgumentParser(
-        prog="evenmix",
-        description="Build, caption, deduplicate and mix a text-to-image corpus; train on it.",
-    )
-    parser.set_defaults(takes_beam_options=False)
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     arguments = list(sys.argv[1:] if argv is None else argv)
     chosen = next((word for word in arguments if word in COMMANDS), None)
-    for name, (module_name, help_text) in COMMANDS.items():
-        subparser = subparsers.add_parser(
-            name, help=help_text, description=help_text, allow_abbrev=False
-        )
-        if name == chosen:
-            # Only this one: a trainer's machine need not have Beam, nor a worker JAX.
-            module = importlib.import_module(module_name)
-            module.add_arguments(subparser)
-            subparser.set_defaults(run=module.run)
     try:
-        options, others = parser.parse_known_args(arguments)
-        if others and not options.takes_beam_options:
-            parser.error(f"unknown options: {' '.join(others)}")
-        options.beam_options = others
+        options = _parse(arguments, chosen)
         return int(options.run(options))
+    except ModuleNotFoundError as error:
+        if chosen is None or (error.name or "").split(".")[0] in OWN_PACKAGES:
+            raise
+        extras = COMMANDS[chosen][1]
+        print(
+            f"error: `evenmix {chosen}` needs {error.name}, which is not installed; "
+            f"pip install 'evenmix[{extras}]'",
+            file=sys.stderr,
+        )
+        return 1
     except EvenmixError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -59,6 +55,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output has gone (`| head`); leave quietly.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _parse(arguments: Sequence[str], chosen: str | None) -> argparse.Namespace:
+    """Parse a command line; only the chosen sub-command's module is imported.
+
+    So a trainer's machine need not have Beam, nor a worker JAX.
+    """
+    parser = argparse.ArgumentParser(
+        prog="evenmix",
+        description="Build, caption, deduplicate and mix a text-to-image corpus; train on it.",
+    )
+    parser.set_defaults(takes_beam_options=False)
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module_name, _, help_text) in COMMANDS.items():
+        subparser = subparsers.add_parser(
+            name, help=help_text, description=help_text, allow_abbrev=False
+        )
+        if name == chosen:
+            module = importlib.import_module(module_name)
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
+    options, others = parser.parse_known_args(arguments)
+    if others and not options.takes_beam_options:
+        parser.error(f"unknown options: {' '.join(others)}")
+    options.beam_options = others
+    return options
 
 
 if __name__ == "__main__":

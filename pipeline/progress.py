@@ -90,6 +90,16 @@ def counts_table(title: str, counts: Mapping[str, Counts]) -> Table:
     return table
 
 
+def print_counts(title: str, counts: Mapping[str, Counts]) -> None:
+    """Print a stage's counts by dataset: a table, or a line if there is only one."""
+    if len(counts) == 1:
+        ((dataset, count),) = counts.items()
+        text = f"{count.records_in:,} in, {count.records_out:,} out"
+        console.print(f"{title}, {dataset}: {text} {reasons_text(count, ', ')}", soft_wrap=True)
+        return
+    console.print(counts_table(title, {**counts, "all": total(counts.values())}))
+
+
 def reasons_text(counts: Counts, separator: str) -> str:
     """Return the rejections as text, such as ``too_small 4, truncated 1``."""
     return separator.join(f"{reason} {n:,}" for reason, n in sorted(counts.rejected.items()))

@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from pipeline import beam_job, storage
 from pipeline.beam_job import RunnerOptions
-from pipeline.progress import Progress, console, counts_table, exists_line
-from pipeline.receipts import total
+from pipeline.progress import Progress, console, print_counts, exists_line
 from pipeline.stage import (
     Stage,
     Summary,
@@ -46,7 +45,5 @@ def run_stage(
             beam_job.run(stage, work_lists, options, progress.update)
     summaries = {**plan.summarised, **finish(stage, items)}
     counts = {dataset: summaries[dataset].counts for dataset in sorted(summaries)}
-    if len(counts) > 1:
-        counts["all"] = total(counts.values())
-    console.print(counts_table(f"{stage.name} ({stage.folder})", counts))
+    print_counts(f"{stage.name} ({stage.folder})", counts)
     return summaries

@@ -1,0 +1,114 @@
+"""`evenmix embed`: describe the pictures whose near-duplicates are wanted.
+
+Each image shard becomes one file of descriptors, row-aligned with the shard's index.
+"""
+
+import argparse
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from dedup.descriptors import Descriptor, sscd
+from dedup.records import embeddings_schema, to_column
+from pipeline import ingest, originals, storage
+from pipeline.beam_job import RunnerOptions
+from pipeline.command_options import add_stage_arguments, recipe_of, runner_of
+from pipeline.images import Pixels
+from pipeline.receipts import Counts
+from pipeline.recipe import Recipe
+from pipeline.run import run_stage
+from pipeline.stage import Output, WorkItem, finished_shards
+
+_BATCH_SIZE = 16
+"""Enough for the model's full rate; one read of a tar brings as many pictures."""
+
+
+@dataclass(frozen=True)
+class Embed:
+    """The stage that makes R/embeddings/<name>."""
+
+    root: str
+    folder: str
+    descriptor: Descriptor
+    name: str = "embed"
+    version: int = 1
+    resource_hints: Mapping[str, str] = field(default_factory=dict)
+
+    def config(self, dataset: str) -> Mapping[str, Any]:
+        """Return the descriptor's identity, which has the hash of its weights."""
+        return {"descriptor": self.descriptor.identity()}
+
+    def process(self, item: WorkItem) -> Output:
+        """Describe the pictures of one shard."""
+        shard_url = storage.join(self.root, ingest.FOLDER, item.dataset, item.shard)
+        index = storage.read_parquet(f"{shard_url}.parquet", originals.COLUMNS)
+        parts = [self.descriptor.embed(batch) for batch in _batches(f"{shard_url}.tar", index)]
+        vectors = np.concatenate(parts) if parts else self.descriptor.embed([])
+        schema = embeddings_schema(self.descriptor.dimension)
+        return Output(
+            table=pa.table([index["key"].combine_chunks(), to_column(vectors)], schema=schema),
+            counts=Counts(index.num_rows, index.num_rows),
+        )
+
+
+def _batches(tar_url: str, index: pa.Table) -> Iterator[Iterator[Pixels]]:
+    """Decode a shard's pictures in the index's order; the tar is read once, a batch at a time."""
+    for start in range(0, index.num_rows, _BATCH_SIZE):
+        rows = index.slice(start, _BATCH_SIZE).to_pylist()
+        begin = rows[0]["offset"]
+        end = rows[-1]["offset"] + rows[-1]["num_bytes"]
+        stretch = storage.read_bytes(tar_url, begin, end - begin)
+        yield (_decode(tar_url, row, stretch, begin) for row in rows)
+
+
+def _decode(tar_url: str, row: Mapping[str, Any], stretch: bytes, begin: int) -> Pixels:
+    """Decode the picture of an index row out of the part of the tar that starts at ``begin``."""
+    start = row["offset"] - begin
+    data = stretch[start : start + row["num_bytes"]]
+    return originals.decode_original(tar_url, row, data)
+
+
+def folder_of(recipe: Recipe) -> str:
+    """Return the folder below R that has a recipe's descriptors."""
+    return f"embeddings/{recipe.dedup.name}"
+
+
+def near_datasets(recipe: Recipe) -> list[str]:
+    """Return the datasets whose near-duplicates are wanted, in order of their names."""
+    return sorted(name for name, data in recipe.datasets.items() if data.duplicates == "near")
+
+
+def check(recipe: Recipe) -> None:
+    """Check that the descriptor's weights are there, if any dataset needs them.
+
+    Raises:
+        EvenmixError: they are missing or not what they should be.
+    """
+    if near_datasets(recipe):
+        sscd(recipe.dedup.weights)
+
+
+def run_recipe(recipe: Recipe, runner: RunnerOptions) -> None:
+    """Embed the datasets of a recipe that ask for near-duplicates."""
+    items = [
+        WorkItem(dataset, shard, inputs={"images": digest})
+        for dataset in near_datasets(recipe)
+        for shard, digest in finished_shards(recipe.root, ingest.FOLDER, dataset, "ingest").items()
+    ]
+    if items:
+        stage = Embed(recipe.root, folder_of(recipe), sscd(recipe.dedup.weights))
+        run_stage(stage, items, runner)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `evenmix embed`."""
+    add_stage_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `evenmix embed`."""
+    run_recipe(recipe_of(args), runner_of(args))
+    return 0

@@ -1,0 +1,43 @@
+"""Reading pictures back from R/images, as the stages after ingest do."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline import images, storage
+from pipeline.errors import EvenmixError
+from pipeline.images import Limits, Pixels
+from pipeline.reasons import PictureError
+
+COLUMNS = ["key", "width", "height", "num_bytes", "sha256", "offset"]
+"""The columns of the image index that the functions here need."""
+
+
+def read_original(tar_url: str, row: Mapping[str, Any]) -> Pixels:
+    """Read and decode the picture of an index row: uint8 RGB of shape (height, width, 3).
+
+    Raises:
+        EvenmixError: the tar does not hold what its index says.
+    """
+    data = storage.read_bytes(tar_url, row["offset"], row["num_bytes"])
+    return decode_original(tar_url, row, data)
+
+
+def decode_original(tar_url: str, row: Mapping[str, Any], data: bytes) -> Pixels:
+    """Decode the bytes of an index row's picture, which were read from ``tar_url``.
+
+    Raises:
+        EvenmixError: they are not the bytes that were ingested.
+    """
+    # What was ingested was within that run's limits; these admit it and nothing larger.
+    limits = Limits(1, max_pixels=row["width"] * row["height"], max_bytes=row["num_bytes"])
+    try:
+        if hashlib.sha256(data).hexdigest() == row["sha256"]:
+            return images.decode(data, limits)
+        problem = "other bytes than its index says"
+    except PictureError as error:
+        problem = str(error)
+    raise EvenmixError(
+        f"{tar_url}, picture {row['key']}: {problem}. The shard is damaged (`evenmix verify` lists "
+        "all that are): remove its dataset's folder and run `evenmix ingest` again"
+    )
