@@ -6,7 +6,7 @@ emulator listens on a private port, the clients are pointed at a small proxy in 
 proxy checks and forwards every write under one lock. The emulator answers one request at a time
 anyway, so one lock for all objects loses nothing. What the proxy cannot enforce it refuses.
 
-A test asks for `gcs_bucket` (load this plugin with `pytest_plugins = ["tests.gcs"]`).
+A test asks for `gcs_bucket`; tests/conftest.py loads this plugin.
 """
 
 import json

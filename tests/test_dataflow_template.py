@@ -1,10 +1,16 @@
 """What is staged for Dataflow is what the pipeline says."""
 
+import json
+
 import apache_beam as beam
 
-from tests.dataflow import stage_template
-
-pytest_plugins = ["tests.gcs"]
+from captioning.from_model import VllmCaptioning
+from pipeline import beam_job
+from pipeline.images import Limits
+from pipeline.ingest import Ingest
+from pipeline.recipe import Dataset, VllmCaptions
+from pipeline.stage import Stage, WorkItem, write_work_lists
+from tests.dataflow import StagedJob, stage_template
 
 
 def build(pipeline: beam.Pipeline) -> None:
@@ -33,3 +39,46 @@ def test_template_names_the_job_and_carries_hints_on_one_step(gcs_bucket: str) -
     }
     steps = {step.unique_name for step in staged.pipeline.components.transforms.values()}
     assert {"measure", "caption"} <= steps
+
+
+NUM_ITEMS = 10_000
+
+
+def stage_job(stage: Stage, bucket_url: str) -> StagedJob:
+    """Stage a stage's job, as it is built for every runner, with many items to do."""
+    items = [
+        WorkItem("d", f"shard-{number:09d}", inputs={"file": f"{number:064d}"})
+        for number in range(NUM_ITEMS)
+    ]
+    work_lists = write_work_lists(stage, items)
+    return stage_template(
+        lambda pipeline: beam_job.build(pipeline, stage, work_lists),
+        f"{bucket_url}/job",
+        ("--max_num_workers=7", "--number_of_worker_harness_threads=3"),
+    )
+
+
+def test_ingest_is_a_small_job_without_accelerators(gcs_bucket: str) -> None:
+    dataset = Dataset(layout="folder", source=f"{gcs_bucket}/in", licence="CC0 1.0")
+    stage = Ingest(f"{gcs_bucket}/R", {"d": dataset}, Limits(256, 10**8, 10**8))
+    staged = stage_job(stage, gcs_bucket)
+
+    assert len(json.dumps(staged.job)) < 100_000
+    assert len(staged.pipeline.SerializeToString()) < 100_000
+    environment = staged.job["environment"]
+    assert environment["workerPools"][0]["autoscalingSettings"]["maxNumWorkers"] == 7
+    assert environment["sdkPipelineOptions"]["options"]["number_of_worker_harness_threads"] == 3
+    assert staged.resource_hints() == {}
+    steps = {step.unique_name for step in staged.pipeline.components.transforms.values()}
+    assert {"WorkLists", "ReadWorkList", "SpreadOverWorkers", "PublishItems"} <= steps
+
+
+def test_captioning_asks_for_an_accelerator_where_it_captions(gcs_bucket: str) -> None:
+    accelerator = "type:nvidia-l4;count:1;install-nvidia-driver"
+    settings = VllmCaptions(engine="vllm", accelerator=accelerator)
+    stage = VllmCaptioning(f"{gcs_bucket}/R", "own", settings, seed=0)
+    staged = stage_job(stage, gcs_bucket)
+
+    assert staged.resource_hints() == {
+        "PublishItems": {"beam:resources:accelerator:v1": accelerator.encode()}
+    }

@@ -17,8 +17,6 @@ from google.cloud import storage  # type: ignore[import-untyped]
 if TYPE_CHECKING:
     from tests.gcs import Proxy
 
-pytest_plugins = ["tests.gcs"]
-
 KIB, MIB = 2**10, 2**20
 WRITERS = 4
 

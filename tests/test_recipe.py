@@ -1,0 +1,133 @@
+"""A recipe is right as a whole or is refused with every mistake and the way out."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import EvenmixError
+from pipeline.recipe import Dataset, Recipe, SourceCaptions, VllmCaptions, load_recipe
+
+GOOD = """
+root = "corpus"
+[datasets.cats]
+layout = "folder"
+source = "cats"
+licence = "CC0 1.0"
+[datasets.dogs]
+layout = "parquet"
+source = "dogs/*.parquet"
+licence = "CC0 1.0"
+id_field = "id"
+[captions.own]
+engine = "source"
+templates.cats = "A photo of {text}."
+[mixture]
+name = "small"
+resolution = 256
+captions = "own"
+"""
+
+
+def load(folder: Path, text: str, **overrides: object) -> Recipe:
+    (folder / "recipe.toml").write_text(text)
+    return load_recipe(str(folder / "recipe.toml"), overrides)
+
+
+def mistakes(folder: Path, text: str) -> list[str]:
+    with pytest.raises(EvenmixError) as caught:
+        load(folder, text)
+    return str(caught.value).splitlines()
+
+
+def test_a_good_recipe_has_its_values_and_defaults(tmp_path: Path) -> None:
+    recipe = load(tmp_path, GOOD)
+    assert recipe.root == "corpus"
+    assert recipe.seed == 0
+    assert recipe.images.min_short_edge_px == 256
+    assert recipe.datasets["cats"] == Dataset(layout="folder", source="cats", licence="CC0 1.0")
+    assert recipe.captions == {
+        "own": SourceCaptions(engine="source", templates={"cats": "A photo of {text}."})
+    }
+    assert recipe.mixture_datasets() == ["cats", "dogs"]
+
+
+def test_the_engine_decides_what_a_caption_set_may_say(tmp_path: Path) -> None:
+    recipe = load(tmp_path, GOOD + '[captions.model]\nengine = "vllm"\nmax_tokens = 9\n')
+    assert recipe.captions["model"] == VllmCaptions(engine="vllm", max_tokens=9)
+
+
+def test_overrides_replace_values_and_none_does_not(tmp_path: Path) -> None:
+    recipe = load(
+        tmp_path, GOOD, **{"root": "other", "images.max_pixels": 5, "mixture.resolution": None}
+    )
+    assert (recipe.root, recipe.images.max_pixels, recipe.mixture.resolution) == ("other", 5, 256)
+
+
+def test_all_mistakes_come_at_once_with_a_suggestion_for_each_unknown_key(tmp_path: Path) -> None:
+    text = (
+        GOOD.replace("licence", "license", 1)
+        .replace('layout = "parquet"', 'layout = "csv"')
+        .replace("templates", "template")
+        .replace("resolution = 256", 'resolution = "big"\nmin_short_edge = 3')
+    )
+    assert mistakes(tmp_path, "sead = 1\n" + text + "[zebra]\n") == [
+        f"{tmp_path}/recipe.toml has 8 mistakes:",
+        "  datasets.cats.licence: Field required",
+        "  datasets.cats.license: unknown key; did you mean 'licence'?",
+        "  datasets.dogs.layout: Input should be 'folder', 'parquet' or 'webdataset'",
+        "  captions.own.source.template: unknown key; did you mean 'templates'?",
+        "  mixture.resolution: Input should be a valid integer, unable to parse string as an "
+        "integer",
+        "  mixture.min_short_edge: unknown key; did you mean 'min_short_edge_px'?",
+        "  sead: unknown key; did you mean 'seed'?",
+        "  zebra: unknown key; known are captions, datasets, dedup, images, mixture, root, seed",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ('captions = "own"', 'captions = "their"', "mixture.captions names 'their'"),
+        ("templates.cats", "templates.cows", "captions.own.templates names 'cows', no dataset"),
+        ("{text}", "text", "captions.own.templates.cats has no {text}"),
+        ('captions = "own"', 'captions = "own"\ndatasets = ["cows"]', "names 'cows', which is not"),
+        (
+            'captions = "own"',
+            'captions = "own"\nweights = {cats = 1}',
+            "must give every dataset of the mixture a weight",
+        ),
+        (
+            'captions = "own"',
+            'captions = "own"\nweights = {cats = 0, dogs = 1}',
+            "mixture.weights must be above zero",
+        ),
+        ('id_field = "id"', "", "layout 'parquet' needs id_field"),
+        ("[datasets.cats]", '[datasets."../cats"]', "becomes a folder name"),
+        ("resolution = 256", "resolution = 0", "mixture.resolution: Input should be greater than"),
+        ('root = "corpus"', "root = 3", "root: Input should be a valid string"),
+    ],
+)
+def test_each_mistake_is_explained(tmp_path: Path, old: str, new: str, expected: str) -> None:
+    assert old in GOOD
+    assert expected in "\n".join(mistakes(tmp_path, GOOD.replace(old, new)))
+
+
+def test_a_recipe_that_is_no_toml_is_named(tmp_path: Path) -> None:
+    (line,) = mistakes(tmp_path, "root = \n")
+    assert line.startswith(f"{tmp_path}/recipe.toml is not TOML: Invalid value (at line 1")
+
+
+def test_a_value_in_the_place_of_a_table_is_a_mistake(tmp_path: Path) -> None:
+    with pytest.raises(EvenmixError, match="images is a value, but must be a table"):
+        load(tmp_path, "images = 3\n" + GOOD, **{"images.max_bytes": 5})
+
+
+def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
+    with pytest.raises(EvenmixError) as caught:
+        load_recipe(f"{tmp_path}/absent.toml")
+    assert str(caught.value) == f"{tmp_path}/absent.toml does not exist"
+
+
+def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(EvenmixError, match=f"{tmp_path} cannot be read"):
+        load_recipe(str(tmp_path))
