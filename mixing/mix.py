@@ -62,9 +62,13 @@ def publish_manifest(recipe: Recipe, write: Write) -> None:
             for receipts in [committed_receipts(write, name)]
         ],
     )
-    url = storage.join(recipe.root, write.folder, "mixture.json")
+    folder = storage.join(recipe.root, write.folder)
+    url = storage.join(folder, "mixture.json")
     data = (manifest.model_dump_json(indent=1) + "\n").encode()
-    if not storage.publish(url, data) and storage.read_bytes(url) != data:
+    if not storage.exists(url):
+        storage.publish(url, data)
+    storage.sweep(folder)
+    if storage.read_bytes(url) != data:
         raise EvenmixError(
             f"{url} describes another mixture (other weights or datasets); give mixture.name a new "
             "name in the recipe"

@@ -62,7 +62,7 @@ class Ingest:
         """Read one item's records and judge each of them."""
         dataset = self.datasets[item.dataset]
         tar, kept, rejected = TarWriter(), list[dict[str, Any]](), list[dict[str, Any]]()
-        for record in readers.read(dataset, item):
+        for record in readers.read(dataset, item, self.limits.max_bytes):
             key = key_of(item.dataset, record.source_id) if record.source_id else None
             try:
                 row = _judge(record, self.limits)

@@ -64,20 +64,23 @@ def plan(name: str, dataset: Dataset, records_per_shard: int) -> list[WorkItem]:
     return items
 
 
-def read(dataset: Dataset, item: WorkItem) -> Iterator[Record]:
-    """Read the records of a work item in the order of the source."""
+def read(dataset: Dataset, item: WorkItem, max_bytes: int) -> Iterator[Record]:
+    """Read the records of a work item in the order of the source.
+
+    Where the source says how large a file is, one above ``max_bytes`` is not read at all.
+    """
     if dataset.layout == "folder":
-        return _read_folder(item)
+        return _read_folder(item, max_bytes)
     if dataset.layout == "parquet":
         return _read_parquet(dataset, item)
-    return _read_webdataset(dataset, item)
+    return _read_webdataset(dataset, item, max_bytes)
 
 
 def _identities(files: Sequence[FileInfo]) -> list[dict[str, Any]]:
-    """Identify files by name, size and CRC-32C of their bytes."""
+    """Identify files by name, size and CRC-32C, which is computed where the store has none."""
 
     def identity(file: FileInfo) -> dict[str, Any]:
-        crc32c = checksum(storage.read_chunks(file.url)).crc32c
+        crc32c = file.crc32c or checksum(storage.read_chunks(file.url)).crc32c
         return {"file": file.name, "num_bytes": file.num_bytes, "crc32c": crc32c}
 
     with ThreadPoolExecutor(_CONCURRENT_CHECKSUMS) as pool:
@@ -129,7 +132,7 @@ def _plan_folder(name: str, dataset: Dataset, records_per_shard: int) -> list[Wo
                 _shard_name("folder", start),
                 inputs={"num_files": len(identities), "files": fingerprint({"files": identities})},
                 payload={
-                    "pictures": [[f.name, f.url] for f in part],
+                    "pictures": [[f.name, f.url, f.num_bytes] for f in part],
                     "texts": [sidecar and sidecar.url for sidecar in sidecars],
                 },
             )
@@ -137,12 +140,21 @@ def _plan_folder(name: str, dataset: Dataset, records_per_shard: int) -> list[Wo
     return items
 
 
-def _read_folder(item: WorkItem) -> Iterator[Record]:
-    for (name, url), text_url in zip(item.payload["pictures"], item.payload["texts"], strict=True):
-        text = storage.read_bytes(text_url).decode(errors="replace").strip() if text_url else None
+def _read_folder(item: WorkItem, max_bytes: int) -> Iterator[Record]:
+    pictures, texts = item.payload["pictures"], item.payload["texts"]
+    for (name, url, num_bytes), text_url in zip(pictures, texts, strict=True):
         # A local file's name need not be UTF-8, but a record's id is.
         plain = name.encode(errors="backslashreplace").decode()
+        if num_bytes > max_bytes:
+            yield _too_large(plain, plain, num_bytes)
+            continue
+        text = storage.read_bytes(text_url).decode(errors="replace").strip() if text_url else None
         yield Record(locator=plain, source_id=plain, picture=storage.read_bytes(url), text=text)
+
+
+def _too_large(locator: str, source_id: str, num_bytes: int) -> Record:
+    reason, detail = RejectReason.TOO_MANY_BYTES, f"{num_bytes} bytes"
+    return Record(locator, source_id, reason=reason, detail=detail)
 
 
 # Parquet: rows with an image struct of bytes and path, as Hugging Face writes them.
@@ -248,13 +260,13 @@ def _plan_webdataset(name: str, dataset: Dataset) -> list[WorkItem]:
     ]
 
 
-def _read_webdataset(dataset: Dataset, item: WorkItem) -> Iterator[Record]:
+def _read_webdataset(dataset: Dataset, item: WorkItem, max_bytes: int) -> Iterator[Record]:
     file_name = item.inputs["file"]
     fs, path = storage.filesystem(item.payload["url"])
-    stem, members = "", dict[str, bytes]()
+    stem, members = "", dict[str, bytes | int]()
     with fs.open(path, "rb") as file:
         try:
-            for member, data in _tar_members(file, item.inputs["num_bytes"]):
+            for member, data in _tar_members(file, item.inputs["num_bytes"], max_bytes):
                 folder, _, base = member.rpartition("/")
                 member_stem, _, suffix = base.partition(".")
                 member_stem = f"{folder}/{member_stem}" if folder else member_stem
@@ -277,8 +289,10 @@ def _read_webdataset(dataset: Dataset, item: WorkItem) -> Iterator[Record]:
         yield _webdataset_record(dataset, f"{file_name}/{stem}", stem, members)
 
 
-def _tar_members(file: Any, num_bytes: int) -> Iterator[tuple[str, bytes]]:
-    """Stream the regular members of a tar of ``num_bytes`` bytes.
+def _tar_members(file: Any, num_bytes: int, max_bytes: int) -> Iterator[tuple[str, bytes | int]]:
+    """Stream the regular members of a tar of ``num_bytes`` bytes: name and data.
+
+    Of a member above ``max_bytes`` it is the size, and nothing is read.
 
     Raises:
         tarfile.ReadError: the archive is cut or damaged; also where the tarfile module takes a
@@ -298,6 +312,9 @@ def _tar_members(file: Any, num_bytes: int) -> Iterator[tuple[str, bytes]]:
             elif info.isreg():
                 if info.offset_data + info.size > num_bytes:
                     raise tarfile.ReadError(f"{info.name} is cut")
+                if info.size > max_bytes:
+                    yield info.name, info.size
+                    continue
                 file.seek(info.offset_data)
                 yield info.name, file.read(info.size)
         file.seek(tar.offset)
@@ -306,11 +323,11 @@ def _tar_members(file: Any, num_bytes: int) -> Iterator[tuple[str, bytes]]:
 
 
 def _webdataset_record(
-    dataset: Dataset, locator: str, stem: str, members: Mapping[str, bytes]
+    dataset: Dataset, locator: str, stem: str, members: Mapping[str, bytes | int]
 ) -> Record:
     suffixes = [suffix for suffix in members if f".{suffix}" in PICTURE_SUFFIXES]
     try:
-        fields = json.loads(members.get("json", b"{}"))
+        fields = json.loads(members.get("json", b"{}"))  # type: ignore[arg-type]  # or a TypeError
         # Half of a surrogate pair is JSON, but no text.
         json.dumps(fields, ensure_ascii=False).encode()
         source_id = fields[dataset.id_field] if dataset.id_field else stem
@@ -324,6 +341,9 @@ def _webdataset_record(
     if not suffixes:
         detail = f"members: {', '.join(sorted(members))}"
         return Record(locator, source_id, reason=RejectReason.MISSING_PICTURE, detail=detail)
-    if dataset.text_field is None and "txt" in members:
-        description["text"] = members["txt"].decode(errors="replace").strip()
-    return Record(locator, source_id, members[suffixes[0]], **description)
+    picture, text = members[suffixes[0]], members.get("txt")
+    if isinstance(picture, int):
+        return _too_large(locator, source_id, picture)
+    if dataset.text_field is None and isinstance(text, bytes):
+        description["text"] = text.decode(errors="replace").strip()
+    return Record(locator, source_id, picture, **description)

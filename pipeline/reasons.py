@@ -14,8 +14,6 @@ class RejectReason(StrEnum):
     TRUNCATED_ARCHIVE = "truncated_archive"  # the file that holds the records ends too early
     BAD_RECORD = "bad_record"  # a record that cannot be read: no id, a wrong type, broken JSON
     MISSING_PICTURE = "missing_picture"  # a record without a picture
-    DUPLICATE_ID = "duplicate_id"  # a source id that was seen before in the same dataset
-    EXCLUDED = "excluded"  # named by the exclusion list
 
     # The picture's bytes (pipeline.images).
     EMPTY_FILE = "empty_file"  # zero bytes

@@ -72,13 +72,15 @@ class Receipt:
 
     ``identity`` is everything that decides the item's content (stage, version of its logic,
     configuration, identities of the inputs); ``digest`` is the sha256 of the table's rows, by
-    which later stages identify this item as their input.
+    which later stages identify this item as their input. ``tar`` and ``rejected`` are the files
+    that were published beside the table, where there are any.
     """
 
     identity: dict[str, Any]
     counts: Counts
     digest: str
     tar: Checksum | None = None
+    rejected: Checksum | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -94,7 +96,8 @@ class Receipt:
         """Parse what :meth:`to_json` wrote."""
         fields = json.loads(text)
         fields["counts"] = Counts(**fields["counts"])
-        fields["tar"] = fields["tar"] and Checksum(**fields["tar"])
+        for name in ("tar", "rejected"):
+            fields[name] = fields[name] and Checksum(**fields[name])
         return cls(**fields)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from pipeline import beam_job, storage
 from pipeline.beam_job import RunnerOptions
-from pipeline.progress import Progress, console, print_counts, exists_line
+from pipeline.progress import Progress, console, exists_line, print_counts
 from pipeline.stage import (
     Stage,
     Summary,

@@ -268,17 +268,20 @@ def publish_item(stage: Stage, item: WorkItem) -> None:
         raise AssertionError(
             f"{stage.name} {item.dataset}/{item.shard} lost records: {output.counts}"
         )
+    rejected = None
+    if output.rejected is not None and output.rejected.num_rows:
+        rejected = storage.parquet_bytes(output.rejected, {})
     receipt = Receipt(
         identity=identity,
         counts=output.counts,
         digest=table_digest(output.table),
         tar=None if output.tar is None else checksum([output.tar]),
+        rejected=None if rejected is None else checksum([rejected]),
     )
     stem = url.removesuffix(".parquet")
     if output.tar is not None:
         _publish_beside_commit(f"{stem}.tar", output.tar, url)
-    if output.rejected is not None and output.rejected.num_rows:
-        rejected = storage.parquet_bytes(output.rejected, {})
+    if rejected is not None:
         _publish_beside_commit(f"{stem}.rejected.parquet", rejected, url)
     metadata = {METADATA_KEY: receipt.to_json()}
     if not storage.publish(url, storage.parquet_bytes(output.table, metadata)):
@@ -372,10 +375,8 @@ def finish(stage: Stage, items: Sequence[WorkItem]) -> dict[str, Summary]:
 def _sweep(folder: str, receipts: Mapping[str, Receipt]) -> None:
     """Remove what killed runs left in the folder of a dataset whose items are all published."""
     storage.sweep(folder)
-    kept = {f"{shard}.tar" for shard in receipts} | {
-        f"{shard}.rejected.parquet"
-        for shard, receipt in receipts.items()
-        if receipt.counts.rejected
+    kept = {f"{shard}.tar" for shard, receipt in receipts.items() if receipt.tar} | {
+        f"{shard}.rejected.parquet" for shard, receipt in receipts.items() if receipt.rejected
     }
     for file in storage.list_files(folder):
         if file.name.endswith((".tar", ".rejected.parquet")) and file.name not in kept:

@@ -8,6 +8,7 @@ other learns of it.
 import os
 import re
 import uuid
+from base64 import b64decode
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -30,11 +31,15 @@ _WILDCARD = re.compile(r"[*?\[]")
 
 @dataclass(frozen=True)
 class FileInfo:
-    """A file in a listing: its full URL, its path relative to the listed folder, its size."""
+    """A file in a listing: its full URL, its path relative to the listed folder, its size.
+
+    ``crc32c`` (hex) is there where the store keeps one, as GCS does.
+    """
 
     url: str
     name: str
     num_bytes: int
+    crc32c: str | None
 
 
 def join(url: str, *parts: str) -> str:
@@ -211,11 +216,12 @@ def glob_files(pattern: str) -> list[FileInfo]:
 
 def _file_infos(url: str, path: str, found: dict[str, dict[str, Any]]) -> list[FileInfo]:
     root = path.rstrip("/")
-    files = [
-        FileInfo(join(url, name[len(root) + 1 :]), name[len(root) + 1 :], int(info["size"]))
-        for name, info in found.items()
-        if name.startswith(root + "/")
-    ]
+    files = []
+    for path_found, info in found.items():
+        if path_found.startswith(root + "/"):
+            name = path_found[len(root) + 1 :]
+            crc32c = b64decode(info["crc32c"]).hex() if "crc32c" in info else None
+            files.append(FileInfo(join(url, name), name, int(info["size"]), crc32c))
     return sorted(files, key=lambda file: file.name)
 
 

@@ -8,6 +8,7 @@ conservation law. Files that belong to no finished work are reported too.
 import argparse
 import hashlib
 import io
+import json
 import os
 import tarfile
 from collections import Counter
@@ -23,7 +24,7 @@ from pipeline.errors import EvenmixError
 from pipeline.images import Limits
 from pipeline.progress import console, counts_table
 from pipeline.reasons import PictureError
-from pipeline.receipts import Counts, Receipt, checksum, read_receipt, table_digest, total
+from pipeline.receipts import Checksum, Counts, Receipt, checksum, read_receipt, table_digest, total
 from pipeline.stage import SUMMARY, Summary
 
 MANIFEST = "mixture.json"
@@ -69,6 +70,9 @@ def verify(root: str, deep: bool) -> tuple[dict[str, Counts], list[str]]:
                 for shard in summary.items
                 for suffix in (".parquet", ".tar", ".rejected.parquet")
             }
+    for name in sorted(files):
+        if name.endswith(f"/{MANIFEST}"):
+            findings += _check_manifest(storage.join(root, name))
     findings += [
         f"{storage.join(root, name)}: belongs to no finished work; start its stage again"
         for name in sorted(files - explained)
@@ -86,24 +90,44 @@ def _audit_shard(folder: str, summary: Summary, deep: bool, shard: str) -> Audit
     findings = list(_check_commit(url, receipt, summary.items[shard], table))
     counts = receipt.counts
     if receipt.tar is not None:
-        tar_url = storage.join(folder, f"{shard}.tar")
-        if not storage.exists(tar_url):
-            return Audit(Counts(), [*findings, f"{tar_url}: is gone"])
-        data = storage.read_bytes(tar_url)
-        if checksum([data]) != receipt.tar:
-            findings.append(f"{tar_url}: its bytes are not those that were published")
-        pictures, tar_findings = _recount_tar(tar_url, data, table, deep)
-        findings += tar_findings
         try:
-            rejected = _recount_rejected(storage.join(folder, f"{shard}.rejected.parquet"))
+            tar, tar_url = _read_published(folder, f"{shard}.tar", receipt.tar, findings)
+            pictures, tar_findings = _recount_tar(tar_url, tar, table, deep)
+            findings += tar_findings
+            reasons: Counter[str] = Counter()
+            if receipt.rejected is not None:
+                name = f"{shard}.rejected.parquet"
+                _, rejected_url = _read_published(folder, name, receipt.rejected, findings)
+                reasons.update(storage.read_parquet(rejected_url, ["reason"])["reason"].to_pylist())
         except EvenmixError as error:
             return Audit(Counts(), [*findings, str(error)])
-        counts = Counts(pictures + sum(rejected.values()), pictures, rejected)
+        counts = Counts(pictures + reasons.total(), pictures, dict(sorted(reasons.items())))
         if counts != receipt.counts:
             findings.append(f"{tar_url}: holds {counts}, but its receipt says {receipt.counts}")
     if not counts.is_conserved():
         findings.append(f"{url}: in is not out + rejected: {counts}")
     return Audit(counts, findings)
+
+
+def _check_manifest(url: str) -> Iterator[str]:
+    """Compare what a mixture's manifest says of its shards with their receipts."""
+    folder = url.rpartition("/")[0]
+    try:
+        datasets = json.loads(storage.read_bytes(url))["datasets"]
+        shards = [
+            s for d in datasets for split in ("train", "validation") for s in d[split]["shards"]
+        ]
+        for shard in shards:
+            receipt = read_receipt(
+                storage.join(folder, shard["name"].removesuffix(".tar") + ".parquet")
+            )
+            published = receipt.tar and (receipt.tar.sha256, receipt.tar.num_bytes)
+            if published != (shard["sha256"], shard["bytes"]):
+                yield f"{url}: {shard['name']} is not the shard that was published"
+            if receipt.counts.records_out != shard["num_samples"]:
+                yield f"{url}: {shard['name']} has {receipt.counts.records_out} samples"
+    except (EvenmixError, ValueError, KeyError, TypeError) as error:
+        yield f"{url}: {error}"
 
 
 def _check_commit(
@@ -115,11 +139,15 @@ def _check_commit(
         yield f"{url}: is not the file that {SUMMARY} was written for"
 
 
-def _recount_rejected(url: str) -> dict[str, int]:
-    if not storage.exists(url):
-        return {}
-    reasons = storage.read_parquet(url, ["reason"])["reason"].to_pylist()
-    return dict(sorted(Counter(reasons).items()))
+def _read_published(
+    folder: str, name: str, expected: Checksum, findings: list[str]
+) -> tuple[bytes, str]:
+    """Read a file beside a commit; add to ``findings`` if its bytes are not those expected."""
+    url = storage.join(folder, name)
+    data = storage.read_bytes(url)
+    if checksum([data]) != expected:
+        findings.append(f"{url}: its bytes are not those that were published")
+    return data, url
 
 
 def _recount_tar(url: str, data: bytes, table: pa.Table, deep: bool) -> tuple[int, list[str]]:

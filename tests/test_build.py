@@ -147,6 +147,21 @@ def test_verify_passes_and_names_a_tampered_shard(built: tuple[Path, str], tmp_p
         shard.write_bytes(original)
 
 
+def test_verify_holds_the_manifest_against_the_shards(built: tuple[Path, str]) -> None:
+    path = built[0].parent / "corpus" / "mixtures" / "small" / "mixture.json"
+    original = path.read_text()
+    manifest = json.loads(original)
+    manifest["datasets"][0]["train"]["shards"][0]["sha256"] = "0" * 64
+    try:
+        path.write_text(json.dumps(manifest))
+        process = evenmix("verify", str(path.parent.parent.parent))
+        printed, _ = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert f"{path}: lines/train-00000.tar is not the shard that was published" in printed
+    finally:
+        path.write_text(original)
+
+
 def test_webdataset_reads_the_shards(built: tuple[Path, str]) -> None:
     mixture = built[0].parent / "corpus" / "mixtures" / "small"
     manifest = load_manifest(str(mixture))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import fsspec
 import pytest
 from google.api_core.exceptions import BadRequest, PreconditionFailed
-from google.cloud import storage  # type: ignore[import-untyped]
+from google.cloud import storage
 
 if TYPE_CHECKING:
     from tests.gcs import Proxy

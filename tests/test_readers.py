@@ -4,6 +4,7 @@ import io
 import json
 import os
 import tarfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from pipeline.stage import WorkItem
 
 Members = list[tuple[str, bytes]]
 
+MAX_BYTES = 1 << 20
+
 
 def dataset(layout: str, source: object, **options: object) -> Dataset:
     return Dataset.model_validate(
@@ -31,7 +34,7 @@ def read_all(spec: Dataset, records_per_shard: int = 100) -> list[Record]:
     return [
         record
         for item in readers.plan("d", spec, records_per_shard)
-        for record in readers.read(spec, item)
+        for record in readers.read(spec, item, MAX_BYTES)
     ]
 
 
@@ -446,4 +449,24 @@ def test_items_survive_a_work_list(tmp_path: Path) -> None:
     spec = dataset("parquet", tmp_path / "a.parquet", id_field="id")
     for item in readers.plan("d", spec, 2):
         copy = WorkItem(**json.loads(json.dumps(item.__dict__)))
-        assert list(readers.read(spec, copy)) == list(readers.read(spec, item))
+        assert list(readers.read(spec, copy, MAX_BYTES)) == list(
+            readers.read(spec, item, MAX_BYTES)
+        )
+
+
+@pytest.mark.parametrize("layout", ["folder", "webdataset"])
+def test_a_file_above_the_cap_is_not_read(layout: str, tmp_path: Path) -> None:
+    large = bytes(MAX_BYTES + 1)
+    if layout == "folder":
+        (tmp_path / "a.png").write_bytes(large)
+        spec = dataset("folder", tmp_path)
+    else:
+        (tmp_path / "a.tar").write_bytes(tar_bytes([("a.png", large), ("b.png", b"small")]))
+        spec = dataset("webdataset", tmp_path / "a.tar")
+    (item,) = readers.plan("d", spec, 100)
+    tracemalloc.start()
+    first = next(readers.read(spec, item, MAX_BYTES))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (first.reason, first.detail) == (RejectReason.TOO_MANY_BYTES, f"{len(large)} bytes")
+    assert peak < MAX_BYTES

@@ -11,6 +11,7 @@ import pytest
 
 from pipeline import storage
 from pipeline.errors import EvenmixError
+from pipeline.receipts import checksum
 
 WRITERS = 8
 
@@ -35,7 +36,11 @@ def test_publish_writes_all_bytes(folder: str, size: int) -> None:
     assert storage.publish(url, data)
     assert storage.exists(url)
     assert storage.read_bytes(url) == data
-    assert storage.list_files(folder) == [storage.FileInfo(url, "a/b.bin", len(data))]
+    (file,) = storage.list_files(folder)
+    assert (file.url, file.name, file.num_bytes) == (url, "a/b.bin", len(data))
+    # Where the store keeps a checksum, it is the one that would be computed.
+    assert file.crc32c in (None, checksum([data]).crc32c)
+    assert (file.crc32c is None) == ("://" not in url)
 
 
 def test_publish_leaves_a_taken_name_alone(folder: str) -> None:

@@ -1,0 +1,130 @@
+"""Checkpoints: the state of a run after a step, written whole or not at all, by orbax.
+
+orbax writes into a temporary folder and renames it when all is there, so a run that is killed
+while it writes resumes from the checkpoint before. The run's identity (the settings and the data
+that its weights depend on) lies beside the state.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import optax
+import orbax.checkpoint as ocp
+
+from pipeline.errors import EvenmixError
+from train.config import TrainConfig
+from train.model import Params, abstract_params
+
+KEPT_CHECKPOINTS = 2
+
+
+class TrainState(NamedTuple):
+    """What changes while training; ``step`` counts the steps that are done."""
+
+    step: int
+    params: Params
+    ema: Params
+    opt_state: optax.OptState
+
+
+class Checkpoints:
+    """The checkpoints below the output folder of a run.
+
+    Args:
+        output: a local folder.
+        config: the run's configuration.
+        mixture_sha256: hash of the manifest, the data's share of the run's identity.
+    """
+
+    def __init__(self, output: str, config: TrainConfig, mixture_sha256: str):
+        self.folder = checkpoint_folder(output)
+        self._config = config
+        self._identity = config.identity() | {"mixture_sha256": mixture_sha256}
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=KEPT_CHECKPOINTS, enable_async_checkpointing=False
+            ),
+        )
+
+    def save(self, state: TrainState) -> None:
+        """Write a checkpoint, if this step has none yet, and remove the oldest ones."""
+        if self._manager.latest_step() == state.step:
+            return
+        run = {"identity": self._identity, "config": self._config.model_dump()}
+        self._manager.save(
+            state.step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                ema=ocp.args.StandardSave(state.ema),
+                opt_state=ocp.args.StandardSave(state.opt_state),
+                run=ocp.args.JsonSave(run),
+            ),
+        )
+
+    def resume(self, fresh: TrainState) -> TrainState:
+        """Return the state of the newest checkpoint, or ``fresh`` if there is none.
+
+        Raises:
+            EvenmixError: the checkpoint belongs to a run of another identity.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            return fresh
+        stored = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))
+        if differences := _differences(stored["run"]["identity"], self._identity):
+            raise EvenmixError(
+                f"{self.folder}/{step} was trained with other settings ({'; '.join(differences)}). "
+                "Set them back, or choose another output for a new run."
+            )
+        like = jax.tree.map(ocp.tree.to_shape_dtype_struct, fresh)
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(like.params),
+                ema=ocp.args.StandardRestore(like.ema),
+                opt_state=ocp.args.StandardRestore(like.opt_state),
+            ),
+        )
+        return TrainState(step, restored["params"], restored["ema"], restored["opt_state"])
+
+
+def checkpoint_folder(output: str) -> Path:
+    """Return where a run keeps its checkpoints; orbax wants an absolute path."""
+    return Path(output).absolute() / "checkpoints"
+
+
+def load_averaged(output: str) -> tuple[int, TrainConfig, Params]:
+    """Return the step, the configuration and the averaged weights of a run's newest checkpoint.
+
+    Raises:
+        EvenmixError: there is no checkpoint in this folder.
+    """
+    folder = checkpoint_folder(output)
+    step = None
+    if folder.is_dir():
+        manager = ocp.CheckpointManager(folder)
+        step = manager.latest_step()
+    if step is None:
+        raise EvenmixError(
+            f"{folder} holds no checkpoint; give the output folder of a run of `evenmix train` "
+            "that has reached its first one"
+        )
+    stored = manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))
+    config = TrainConfig.model_validate(stored["run"]["config"])
+    like = abstract_params(config.model_config_for(config.latent_codec()))
+    restored = manager.restore(step, args=ocp.args.Composite(ema=ocp.args.StandardRestore(like)))
+    return step, config, restored["ema"]
+
+
+def _differences(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
+    """Name the settings in which two identities differ, with both values."""
+    found: list[str] = []
+    for name in sorted(stored.keys() | wanted.keys()):
+        old, new = stored.get(name), wanted.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            found.append(f"{prefix}{name} was {old}, is {new}")
+    return found

@@ -1,0 +1,106 @@
+"""Does the model use its captions? The held-out loss with right and with swapped captions.
+
+Noise and times are fixed, so that two checkpoints, and two captions, are compared on equal terms.
+"""
+
+from dataclasses import asdict, dataclass
+from statistics import NormalDist
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from train.config import TrainConfig
+from train.data import Sample
+from train.encoders import LatentCodec, TextEncoder
+from train.flow import Draws, losses, shift_time
+from train.model import Params, Velocity
+
+# The quarters' midpoints of the distribution of training times.
+TIME_QUANTILES = (1 / 8, 3 / 8, 5 / 8, 7 / 8)
+PICTURES_AT_A_TIME = 64
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean losses over the held-out pictures.
+
+    ``caption_margin`` is (swapped_loss - loss) / loss: how much worse another picture's caption
+    (of the same dataset) explains a picture.
+    """
+
+    num_samples: int
+    loss: float
+    swapped_loss: float
+    caption_margin: float
+
+
+def evaluate(
+    velocity: Velocity,
+    params: Params,
+    *,
+    held_out: dict[str, list[Sample]],
+    encoder: TextEncoder,
+    codec: LatentCodec,
+    config: TrainConfig,
+) -> dict[str, Evaluation]:
+    """Evaluate each dataset with two held-out pictures or more, and ``all`` of them together."""
+    usable = {name: samples for name, samples in held_out.items() if len(samples) > 1}
+    if not usable:
+        return {}
+    quantiles = [NormalDist().inv_cdf(quantile) for quantile in TIME_QUANTILES]
+    times = shift_time(jax.nn.sigmoid(jnp.array(quantiles)), config.time_shift)
+    key = jax.random.key(config.seed)
+
+    @jax.jit
+    def mean_losses(
+        pictures: jax.Array, caption: jax.Array, mask: jax.Array, index: jax.Array
+    ) -> jax.Array:
+        data = codec.encode(pictures)
+
+        def noise_of(sample: jax.Array) -> jax.Array:
+            return jax.random.normal(jax.random.fold_in(key, sample), data.shape[1:])
+
+        noise = jax.vmap(noise_of)(index)
+        never = jnp.zeros(len(data), bool)
+        at_each_time = [
+            losses(
+                velocity,
+                params,
+                data,
+                caption=caption,
+                mask=mask,
+                draws=Draws(noise, jnp.full(len(data), t), never),
+            )
+            for t in times.tolist()
+        ]
+        return jnp.stack(at_each_time).mean(axis=0)
+
+    def per_sample(samples: list[Sample], captions: list[str]) -> np.ndarray:
+        found = []
+        for first in range(0, len(samples), PICTURES_AT_A_TIME):
+            number = (first + np.arange(PICTURES_AT_A_TIME)) % len(samples)
+            pictures = np.stack([samples[i].picture for i in number])
+            caption, mask = encoder([captions[i] for i in number])
+            found.append(np.asarray(mean_losses(pictures, caption, mask, number)))
+        losses_of_all: np.ndarray = np.concatenate(found)[: len(samples)]
+        return losses_of_all
+
+    right, swapped = {}, {}
+    for name, samples in usable.items():
+        captions = [sample.caption for sample in samples]
+        right[name] = per_sample(samples, captions)
+        swapped[name] = per_sample(samples, captions[1:] + captions[:1])
+    right["all"] = np.concatenate(list(right.values()))
+    swapped["all"] = np.concatenate(list(swapped.values()))
+    return {name: _summary(right[name], swapped[name]) for name in right}
+
+
+def _summary(right: np.ndarray, swapped: np.ndarray) -> Evaluation:
+    loss, swapped_loss = float(right.mean()), float(swapped.mean())
+    return Evaluation(len(right), loss, swapped_loss, (swapped_loss - loss) / loss)
+
+
+def as_json(evaluations: dict[str, Evaluation]) -> dict[str, dict[str, float]]:
+    """Return evaluations as plain dicts."""
+    return {name: asdict(evaluation) for name, evaluation in evaluations.items()}

@@ -1,0 +1,75 @@
+"""`evenmix sample`: draw pictures for prompts with a trained model."""
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, PngImagePlugin
+
+from pipeline.errors import EvenmixError
+from train.checkpoint import load_averaged
+from train.grid import draw_grid
+from train.model import velocity_fn
+from train.sampling import SamplingConfig, sample
+
+DEFAULTS = SamplingConfig()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="output of a run")
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompts", metavar="FILE", help="text file with one prompt a line")
+    prompts.add_argument("--prompt", nargs="+", metavar="TEXT")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the pictures")
+    parser.add_argument("--guidance", type=float, default=DEFAULTS.guidance, help="1 is none")
+    parser.add_argument("--rescale", type=float, default=DEFAULTS.rescale, help="0 to 1")
+    parser.add_argument("--steps", type=int, default=DEFAULTS.steps)
+    parser.add_argument("--shift", type=float, default=DEFAULTS.shift, help="below 1: more noise")
+    parser.add_argument("--seed", type=int, default=DEFAULTS.seed)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Sample, and write each picture and a grid of all as PNG."""
+    prompts = args.prompt or _read_prompts(Path(args.prompts))
+    settings = SamplingConfig(args.guidance, args.rescale, args.steps, args.shift, args.seed)
+    step, config, params = load_averaged(args.checkpoint)
+    codec = config.latent_codec()
+    pictures = sample(
+        velocity_fn(config.model_config_for(codec)),
+        params,
+        prompts,
+        encoder=config.text_encoder(),
+        codec=codec,
+        resolution=config.resolution,
+        config=settings,
+    )
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    for number, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
+        path = output / f"{number:04d}.png"
+        _save(path, picture, {"prompt": prompt, "index": number, "step": step} | asdict(settings))
+        print(f"{path}: {prompt}")
+    draw_grid(pictures, prompts).save(output / "grid.png")
+    print(f"grid of samples: {output / 'grid.png'}")
+    return 0
+
+
+def _read_prompts(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvenmixError(f"cannot read prompts from {path}: {error}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise EvenmixError(f"{path} has no prompts; write one a line")
+    return prompts
+
+
+def _save(path: Path, picture: np.ndarray, text: dict[str, object]) -> None:
+    """Write a PNG whose text chunks say how to draw it again."""
+    metadata = PngImagePlugin.PngInfo()
+    for name, value in text.items():
+        metadata.add_itxt(name, str(value))
+    Image.fromarray(picture).save(path, pnginfo=metadata)

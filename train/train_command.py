@@ -1,0 +1,41 @@
+"""`evenmix train`: train on a mixture, or go on where a run was stopped."""
+
+import argparse
+import signal
+import threading
+from types import FrameType
+
+from train.config import load_config
+from train.loop import train
+
+STOPPED_BY_SIGNAL = 128 + signal.SIGTERM
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("config", help="TOML file that describes the run")
+    parser.add_argument("--mixture", metavar="URL", help="folder of the mixture's mixture.json")
+    parser.add_argument("--output", metavar="DIR", help="folder of the run; resumed if it has one")
+    parser.add_argument("--steps", type=int, metavar="N", help="train until this step")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train; SIGTERM and Ctrl-C end the run after a checkpoint."""
+    config = load_config(args.config, mixture=args.mixture, output=args.output, steps=args.steps)
+    stop = threading.Event()
+
+    def on_signal(_number: int, _frame: FrameType | None) -> None:
+        stop.set()
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+    evaluations = train(config, stop)
+    if evaluations is None:
+        return STOPPED_BY_SIGNAL
+    for name, held_out in evaluations.items():
+        print(
+            f"held out, {name}: {held_out.num_samples} pictures, loss {held_out.loss:.4f}, "
+            f"with another's caption {held_out.swapped_loss:.4f} ({held_out.caption_margin:+.1%})"
+        )
+    print(f"loss curve: {config.output}/loss.png")
+    return 0
