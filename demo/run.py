@@ -5,6 +5,7 @@ Each step is the command that a user would give, shown before it runs.
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -19,7 +20,6 @@ from pipeline.progress import console
 from pipeline.recipe import load_recipe
 
 OUTPUT = Path("demo-output")
-HERE = Path(__file__).parent
 EXAMPLES_PER_DATASET = 3
 
 
@@ -27,20 +27,21 @@ def main() -> int:
     """Run the demo; returns the exit status of the first step that fails, or 0."""
     argparse.ArgumentParser(description="build, train and sample on real pictures").parse_args()
     started = time.monotonic()
-    python, evenmix = [sys.executable, "-m"], [str(Path(sys.executable).with_name("evenmix"))]
     run, samples = OUTPUT / "run", OUTPUT / "samples"
+    # What is shown is what a user would type; it runs with this environment's programs.
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for step in (
-        [*python, "demo.sources", f"{OUTPUT / 'sources'}"],
-        [*evenmix, "build", f"{HERE / 'recipe.toml'}"],
-        [*evenmix, "train", f"{HERE / 'train.toml'}"],
-        [*evenmix, "sample", f"--checkpoint={run}", f"--prompts={HERE / 'prompts.txt'}",
-         f"--output={samples}"],
-    ):  # fmt: skip
-        print(f"\n$ {shlex.join(step)}", flush=True)
-        status = subprocess.run(step, check=False).returncode
+        f"python -m demo.sources {OUTPUT / 'sources'}",
+        "evenmix build demo/recipe.toml",
+        "evenmix train demo/train.toml",
+        f"evenmix sample --checkpoint {run} --prompts demo/prompts.txt --output {samples}",
+    ):
+        print(f"\n$ {step}", flush=True)
+        environment = {**os.environ, "PATH": programs}
+        status = subprocess.run(shlex.split(step), env=environment, check=False).returncode
         if status:
             return status
-    recipe = load_recipe(f"{HERE / 'recipe.toml'}")
+    recipe = load_recipe("demo/recipe.toml")
     mixture = storage.join(recipe.root, "mixtures", recipe.mixture.name)
     captions = OUTPUT / "captions.txt"
     captions.write_text("\n".join(example_captions(mixture)) + "\n", encoding="utf-8")

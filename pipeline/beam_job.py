@@ -12,7 +12,9 @@ import json
 import logging
 import multiprocessing
 import os
+import shlex
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,12 +25,16 @@ from typing import Any
 import apache_beam as beam
 import psutil
 from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from apache_beam.transforms.environments import (
+    EmbeddedPythonEnvironment,
+    SubprocessSDKEnvironment,
+)
 
 from pipeline.errors import EvenmixError
 from pipeline.stage import Stage, WorkItem, publish_item, read_work_list
 
-_LOCAL_RUNNER = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
-_WORKER_MODULE = "sdk_worker_main"
+_WORKER_MODULE = "pipeline.beam_worker"
 _CARRIED = "evenmix could not go on: "
 _LOST_WORKER_GRACE_S = 5.0
 _POLL_S = 0.5
@@ -50,17 +56,30 @@ class RunnerOptions:
         """Tell whether the job runs on this machine."""
         return not any(arg.split("=")[0] == "--runner" for arg in self.beam_args)
 
-    def pipeline_options(self, num_items: int) -> PipelineOptions:
-        """Return Beam's options for a work list; one item alone runs in the job's own process."""
-        workers = max(1, min(self.workers, num_items))
-        local = [
-            f"--runner={_LOCAL_RUNNER}",
-            f"--direct_running_mode={'multi_processing' if workers > 1 else 'in_memory'}",
-            f"--direct_num_workers={workers}",
-        ]
+    def pipeline(self, num_items: int) -> beam.Pipeline:
+        """Return an empty pipeline for so many items; one alone runs in the job's own process.
+
+        Raises:
+            EvenmixError: Beam's runner lacks an option that it needs.
+        """
         # Beam would pickle the main module by default; nothing of ours lives there.
-        session = "--no_save_main_session"
-        return PipelineOptions([*self.beam_args, session, *(local if self.is_local else [])])
+        args = [*self.beam_args, "--no_save_main_session"]
+        if not self.is_local:
+            try:
+                return beam.Pipeline(options=PipelineOptions(args))
+            except ValueError as error:
+                raise EvenmixError(f"Beam refuses its options: {error}") from error
+        workers = max(1, min(self.workers, num_items))
+        command = f"{shlex.quote(sys.executable)} -m {_WORKER_MODULE}"
+        environment = (
+            SubprocessSDKEnvironment.from_command_string(command)
+            if workers > 1
+            else EmbeddedPythonEnvironment.default()
+        )
+        return beam.Pipeline(
+            runner=FnApiRunner(default_environment=environment),
+            options=PipelineOptions([*args, f"--direct_num_workers={workers}"]),
+        )
 
 
 class PublishItems(beam.DoFn):  # type: ignore[misc]
@@ -121,7 +140,7 @@ def run(
     """
     # A fork server has imported Beam once and has no threads, so each job starts at once.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([_WORKER_MODULE, __name__])
     receiver, sender = context.Pipe(duplex=False)
     job = context.Process(
         target=_job_main, args=(stage, work_list_urls, options, dict(os.environ), sender)
@@ -176,9 +195,11 @@ def _job_main(
         # Beam logs every worker's traceback several times; the failure below has it once.
         logging.disable(logging.CRITICAL)
         threading.Thread(target=_watch_family, args=(sender,), daemon=True).start()
+    else:
+        logging.basicConfig(level=logging.INFO, force=True)
     try:
         num_items = sum(len(read_work_list(url)) for url in work_list_urls)
-        pipeline = beam.Pipeline(options=options.pipeline_options(num_items))
+        pipeline = options.pipeline(num_items)
         build(pipeline, stage, work_list_urls)
         pipeline.run().wait_until_finish()
     except Exception as error:

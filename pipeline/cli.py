@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -30,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0 is success, 1 an obstacle that the message explains, 2 a wrong command line, 130 Ctrl-C.
     """
+    # Beam warns of missing optional packages through the root logger; see pipeline.beam_worker.
+    logging.getLogger().addHandler(logging.NullHandler())
     arguments = list(sys.argv[1:] if argv is None else argv)
     chosen = next((word for word in arguments if word in COMMANDS), None)
     try:

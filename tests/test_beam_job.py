@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
 from pipeline import beam_job, storage
 from pipeline.beam_job import RunnerOptions, beam_option_names
@@ -18,7 +19,7 @@ from pipeline.stage import write_work_lists
 from tests.stages import Words, items
 
 TWO_WORKERS = RunnerOptions(workers=2)
-WORKER_MODULE = "apache_beam.runners.worker.sdk_worker_main"
+WORKER_MODULE = "pipeline.beam_worker"
 ENDLESS_S = 90.0
 
 
@@ -137,7 +138,9 @@ def test_beam_options_are_known_by_name() -> None:
 def test_a_runner_among_beams_options_is_taken() -> None:
     assert RunnerOptions(2).is_local
     for args in [("--runner", "DataflowRunner"), ("--runner=DataflowRunner",)]:
-        options = RunnerOptions(2, args)
-        assert not options.is_local
-        assert options.pipeline_options(5).get_all_options()["runner"] == "DataflowRunner"
-    assert RunnerOptions(4).pipeline_options(3).get_all_options()["direct_num_workers"] == 3
+        assert not RunnerOptions(2, args).is_local
+        with pytest.raises(EvenmixError, match="Missing required option: project"):
+            RunnerOptions(2, args).pipeline(5)
+    local = RunnerOptions(4).pipeline(3)
+    assert type(local.runner) is FnApiRunner
+    assert local.options.get_all_options()["direct_num_workers"] == 3
