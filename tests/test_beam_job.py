@@ -102,10 +102,13 @@ def test_a_killed_process_ends_the_job_within_a_minute(tmp_path: Path, victim: s
 
 
 PARENT = """
+import signal
 import sys
 from pipeline import beam_job
 from pipeline.stage import write_work_lists
 from tests.stages import Words, items
+# Python ignores Ctrl-C where its parent was started in the background.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 stage = Words(sys.argv[1], pause_s=90)
 lists = write_work_lists(stage, items("a", "b"))
 beam_job.run(stage, lists, beam_job.RunnerOptions(workers=2), lambda: None)
