@@ -17,20 +17,20 @@ from pipeline.stage import Stage, WorkItem, finished_shards
 
 
 def check(recipe: Recipe) -> None:
-    """Check that the models of all caption sets are there.
+    """Check that the model of the mixture's caption set is there.
 
     Raises:
-        EvenmixError: one is not.
+        EvenmixError: it is not.
     """
-    for captions, settings in recipe.captions.items():
-        if isinstance(settings, VllmCaptions):
-            _model_stage(recipe, captions, settings)
+    captions = recipe.mixture.captions
+    settings = recipe.captions[captions]
+    if isinstance(settings, VllmCaptions):
+        _model_stage(recipe, captions, settings)
 
 
 def run_recipe(recipe: Recipe, runner: RunnerOptions) -> None:
-    """Write every caption set of a recipe."""
-    for captions in recipe.captions:
-        run_set(recipe, captions, runner)
+    """Write the caption set of a recipe's mixture."""
+    run_set(recipe, recipe.mixture.captions, runner)
 
 
 def run_set(recipe: Recipe, captions: str, runner: RunnerOptions) -> None:
@@ -65,7 +65,9 @@ def _model_stage(recipe: Recipe, captions: str, settings: VllmCaptions) -> Stage
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `evenmix caption`."""
     add_stage_arguments(parser)
-    parser.add_argument("--captions", metavar="NAME", help="write only this set of the recipe")
+    parser.add_argument(
+        "--captions", metavar="NAME", help="this set of the recipe (default: the mixture's)"
+    )
     parser.add_argument("--model", help="a model's name or path, instead of the set's own")
 
 
@@ -74,11 +76,9 @@ def run(args: argparse.Namespace) -> int:
     if args.model and not args.captions:
         raise EvenmixError("--model goes with --captions NAME, the set that it is for")
     recipe = recipe_of(args, {f"captions.{args.captions}.model": args.model})
-    if args.captions is None:
-        run_recipe(recipe, runner_of(args))
-    elif args.captions in recipe.captions:
-        run_set(recipe, args.captions, runner_of(args))
-    else:
+    captions = args.captions or recipe.mixture.captions
+    if captions not in recipe.captions:
         known = ", ".join(recipe.captions)
-        raise EvenmixError(f"{args.recipe} has no caption set {args.captions!r}, only {known}")
+        raise EvenmixError(f"{args.recipe} has no caption set {captions!r}, only {known}")
+    run_set(recipe, captions, runner_of(args))
     return 0

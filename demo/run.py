@@ -52,6 +52,11 @@ def main() -> int:
     print(f"licences           {OUTPUT / 'sources' / 'LICENCES.md'}")
     print(f"loss curve         {run / 'loss.png'}")
     print(f"grid of samples    {samples / 'grid.png'}")
+    print(
+        "\nThe captions are the datasets' own texts. On a machine with a GPU and evenmix[vllm]\n"
+        "installed, Qwen3-VL captions the same pictures:\n"
+        "  evenmix caption demo/recipe.toml --captions qwen3-vl"
+    )
     return 0
 
 

@@ -13,7 +13,7 @@ from tests.corpora import evenmix, finish
 
 ROOT = Path(__file__).parent.parent
 
-LEAST_CAPTION_MARGIN = {"all": 0.05, "text_lines": 0.1}
+LEAST_CAPTION_MARGIN = {"all": 0.1, "text_lines": 0.2}
 """By how much another picture's caption must raise the held-out loss after 400 steps. (After the
 demo's 1,200 it is several times as much: see the README.)"""
 
