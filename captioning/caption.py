@@ -75,10 +75,14 @@ def run(args: argparse.Namespace) -> int:
     """Run `evenmix caption`."""
     if args.model and not args.captions:
         raise EvenmixError("--model goes with --captions NAME, the set that it is for")
-    recipe = recipe_of(args, {f"captions.{args.captions}.model": args.model})
+    recipe = recipe_of(args)
     captions = args.captions or recipe.mixture.captions
     if captions not in recipe.captions:
-        known = ", ".join(recipe.captions)
-        raise EvenmixError(f"{args.recipe} has no caption set {captions!r}, only {known}")
+        raise EvenmixError(
+            f"{args.recipe} has no caption set {captions!r}, only {', '.join(recipe.captions)}; "
+            f"add a table [captions.{captions}]"
+        )
+    # Only now: the override of a set that is not there would create it.
+    recipe = recipe_of(args, {f"captions.{captions}.model": args.model})
     run_set(recipe, captions, runner_of(args))
     return 0

@@ -1,15 +1,28 @@
-"""The manifest of a mixture: all that a trainer needs to know before it reads a shard.
+"""What a mixture tells a trainer before it reads a sample: the manifest, and the offset index.
 
-It is written last, as ``mixture.json``; a mixture without one is not finished.
+The manifest is written last, as ``mixture.json``; a mixture without one is not finished.
 """
 
 from fractions import Fraction
 from typing import Annotated, Literal
 
+import pyarrow as pa
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from pipeline import storage
 from pipeline.errors import EvenmixError
+
+OFFSETS = pa.schema(
+    [
+        ("key", pa.string()),
+        ("image_offset", pa.int64()),
+        ("image_bytes", pa.int64()),
+        ("json_offset", pa.int64()),
+        ("json_bytes", pa.int64()),
+    ]
+)
+"""The offset index of a shard, ``<shard>.parquet``, in the order of its samples: where a sample's
+two members have their data in the tar, in bytes."""
 
 
 def _exact_fraction(text: str) -> str:

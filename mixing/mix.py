@@ -11,7 +11,7 @@ from pipeline import storage
 from pipeline.beam_job import RunnerOptions
 from pipeline.command_options import add_stage_arguments, recipe_of, runner_of
 from pipeline.errors import EvenmixError
-from pipeline.progress import console
+from pipeline.progress import console, reasons_text
 from pipeline.receipts import Receipt
 from pipeline.recipe import Recipe
 from pipeline.run import run_stage
@@ -34,7 +34,7 @@ def run_recipe(recipe: Recipe, runner: RunnerOptions) -> None:
 def refuse_empty(summaries: Mapping[str, Summary]) -> None:
     """Raise an EvenmixError that names the datasets of which nothing was selected, and why."""
     empty = [
-        f"{dataset} ({', '.join(f'{reason} {n}' for reason, n in summary.counts.rejected.items())})"
+        f"{dataset} ({reasons_text(summary.counts, ', ') or 'ingest kept none'})"
         for dataset, summary in sorted(summaries.items())
         if summary.counts.records_out == 0
     ]

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from captioning.outcomes import CaptionOutcome
+from mixing.manifest import OFFSETS
 from mixing.select import SHARD as SELECTED
 from mixing.select import Select, corpus_digests
 from pipeline import images, storage
@@ -21,17 +22,6 @@ from pipeline.stage import Output, WorkItem, dataset_url, finished_shards
 from pipeline.tars import TarWriter
 
 _THREADS = 8
-
-OFFSETS = pa.schema(
-    [
-        ("key", pa.string()),
-        ("image_offset", pa.int64()),
-        ("image_bytes", pa.int64()),
-        ("json_offset", pa.int64()),
-        ("json_bytes", pa.int64()),
-    ]
-)
-"""The offset index of a mixture shard: where a sample's two members have their data, in bytes."""
 
 
 @dataclass(frozen=True)

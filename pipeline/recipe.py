@@ -3,9 +3,10 @@
 Every stage reads its own part. The file is checked as a whole before any work.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from pipeline.config_file import load_toml
 
@@ -26,6 +27,17 @@ def _file_name(name: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(_file_name)]
+
+
+def _root(url: str) -> str:
+    if not url:
+        raise ValueError("is empty; name a folder, such as corpus or gs://bucket/corpus")
+    if re.match(r"\w+:", url) and not re.match(r"\w+://+[^/]", url):
+        raise ValueError(f"{url!r} is no URL of a folder, such as gs://bucket/corpus")
+    return url
+
+
+Root = Annotated[str, AfterValidator(_root)]
 
 
 class Dataset(_Section):
@@ -119,7 +131,7 @@ class Mixture(_Section):
     resolution: Annotated[int, Field(ge=1)]
     captions: str
     datasets: list[str] | None = None
-    weights: Literal["equal"] | dict[str, float] = "equal"
+    weights: Literal["equal"] | dict[str, FiniteFloat] = "equal"
     images_per_dataset: Annotated[int, Field(ge=1)] | None = None
     min_short_edge_px: int | None = None
     image_format: Literal["png", "jpeg", "webp"] = "png"
@@ -130,7 +142,7 @@ class Mixture(_Section):
 class Recipe(_Section):
     """A whole build. ``root`` holds the corpus; relative paths are as seen by the command."""
 
-    root: str
+    root: Root
     seed: int = 0
     datasets: dict[Name, Dataset]
     images: Images = Images()
@@ -149,6 +161,8 @@ class Recipe(_Section):
         for name in self.mixture_datasets():
             if name not in self.datasets:
                 mistakes.append(f"mixture.datasets names {name!r}, which is not among datasets")
+        if len(set(self.mixture_datasets())) < len(self.mixture_datasets()):
+            mistakes.append("mixture.datasets names a dataset twice; mixture.weights says how much")
         if isinstance(self.mixture.weights, dict):
             if set(self.mixture.weights) != set(self.mixture_datasets()):
                 mistakes.append("mixture.weights must give every dataset of the mixture a weight")

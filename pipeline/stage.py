@@ -352,24 +352,29 @@ def finish(stage: Stage, items: Sequence[WorkItem]) -> dict[str, Summary]:
             )
         for shard, receipt in sorted(receipts.items()):
             _refuse_other_identity(stage, dataset, shard, receipt, planned.get(shard))
-        summary = Summary(
-            stage=stage.name,
-            dataset=dataset,
-            items={
-                shard: {
-                    "fingerprint": receipt.fingerprint,
-                    "digest": receipt.digest,
-                    "counts": asdict(receipt.counts),
-                }
-                for shard, receipt in sorted(receipts.items())
-            },
-            counts=total(receipt.counts for receipt in receipts.values()),
-        )
+        summary = summarise(stage.name, dataset, receipts)
         folder = dataset_url(stage.root, stage.folder, dataset)
         _sweep(folder, receipts)
         storage.publish(storage.join(folder, SUMMARY), summary.to_json())
         summaries[dataset] = summary
     return summaries
+
+
+def summarise(stage: str, dataset: str, receipts: Mapping[str, Receipt]) -> Summary:
+    """Sum up the receipts of a dataset's shards in one stage."""
+    return Summary(
+        stage=stage,
+        dataset=dataset,
+        items={
+            shard: {
+                "fingerprint": receipt.fingerprint,
+                "digest": receipt.digest,
+                "counts": asdict(receipt.counts),
+            }
+            for shard, receipt in sorted(receipts.items())
+        },
+        counts=total(receipt.counts for receipt in receipts.values()),
+    )
 
 
 def _sweep(folder: str, receipts: Mapping[str, Receipt]) -> None:

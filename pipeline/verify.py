@@ -12,7 +12,7 @@ import json
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -25,17 +25,29 @@ from pipeline.images import Limits
 from pipeline.progress import console, counts_table
 from pipeline.reasons import PictureError
 from pipeline.receipts import Checksum, Counts, Receipt, checksum, read_receipt, table_digest, total
-from pipeline.stage import SUMMARY, Summary
+from pipeline.stage import SUMMARY, Summary, summarise
 
 MANIFEST = "mixture.json"
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What a shard really holds: the counts that its files give, and what is wrong with them."""
+    """What a shard really holds: the counts that its files give, and what is wrong with them.
+
+    ``receipt`` is None if it cannot be read.
+    """
 
     counts: Counts
     findings: list[str]
+    receipt: Receipt | None
+
+    def suffixes(self) -> Iterator[str]:
+        """Yield how the names of the shard's files end; all that may be, without a receipt."""
+        yield ".parquet"
+        if self.receipt is None or self.receipt.tar:
+            yield ".tar"
+        if self.receipt is None or self.receipt.rejected:
+            yield ".rejected.parquet"
 
 
 def verify(root: str, deep: bool) -> tuple[dict[str, Counts], list[str]]:
@@ -48,31 +60,32 @@ def verify(root: str, deep: bool) -> tuple[dict[str, Counts], list[str]]:
     folders = sorted(name.rpartition("/")[0] for name in files if name.endswith(f"/{SUMMARY}"))
     recounted: dict[str, Counts] = {}
     findings: list[str] = []
-    explained = {name for name in files if name.endswith((f"/{SUMMARY}", f"/{MANIFEST}"))}
+    explained = {f"{folder}/{SUMMARY}" for folder in folders}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for folder in folders:
             url = storage.join(root, folder)
+            published = storage.read_bytes(storage.join(url, SUMMARY))
             try:
-                summary = Summary.from_json(storage.read_bytes(storage.join(url, SUMMARY)))
+                summary = Summary.from_json(published)
             except (ValueError, KeyError, TypeError) as error:
                 findings.append(f"{url}/{SUMMARY}: is damaged: {error!r}")
                 continue
-            audits = list(pool.map(partial(_audit_shard, url, summary, deep), summary.items))
-            findings += [finding for audit in audits for finding in audit.findings]
-            recounted[folder] = total(audit.counts for audit in audits)
-            if recounted[folder] != summary.counts:
-                findings.append(
-                    f"{url}/{SUMMARY}: its sums {summary.counts} are not those of its shards, "
-                    f"{recounted[folder]}"
-                )
+            shards = list(summary.items)
+            audits = dict(
+                zip(shards, pool.map(partial(_audit_shard, url, deep), shards), strict=True)
+            )
+            findings += [finding for audit in audits.values() for finding in audit.findings]
+            recounted[folder] = total(audit.counts for audit in audits.values())
+            findings += _check_summary(url, published, summary, audits, recounted[folder])
             explained |= {
                 f"{folder}/{shard}{suffix}"
-                for shard in summary.items
-                for suffix in (".parquet", ".tar", ".rejected.parquet")
+                for shard, audit in audits.items()
+                for suffix in audit.suffixes()
             }
-    for name in sorted(files):
-        if name.endswith(f"/{MANIFEST}"):
-            findings += _check_manifest(storage.join(root, name))
+    mixtures = {name.rpartition("/")[0] for name in folders if name.startswith("mixtures/")}
+    for mixture in sorted(mixtures):
+        explained.add(f"{mixture}/{MANIFEST}")
+        findings += _check_manifest(storage.join(root, mixture, MANIFEST))
     findings += [
         f"{storage.join(root, name)}: belongs to no finished work; start its stage again"
         for name in sorted(files - explained)
@@ -80,14 +93,35 @@ def verify(root: str, deep: bool) -> tuple[dict[str, Counts], list[str]]:
     return recounted, findings
 
 
-def _audit_shard(folder: str, summary: Summary, deep: bool, shard: str) -> Audit:
+def _check_summary(
+    url: str, published: bytes, summary: Summary, audits: Mapping[str, Audit], recounted: Counts
+) -> Iterator[str]:
+    """Compare ``stage.json`` with the sums of the shards and with what their receipts give."""
+    if recounted != summary.counts:
+        yield (
+            f"{url}/{SUMMARY}: its sums {summary.counts} are not those of its shards, {recounted}"
+        )
+    receipts = {shard: audit.receipt for shard, audit in audits.items() if audit.receipt}
+    stage = next((str(r.identity["stage"]) for r in receipts.values()), summary.stage)
+    expected = summarise(stage, url.rpartition("/")[2], receipts)
+    others = [shard for shard in receipts if expected.items[shard] != summary.items[shard]]
+    for shard in others:
+        yield f"{url}/{shard}.parquet: is not the file that {SUMMARY} was written for"
+    if not others and receipts.keys() == audits.keys() and expected.to_json() != published:
+        yield f"{url}/{SUMMARY}: is not what the receipts of its shards give"
+
+
+def _audit_shard(folder: str, deep: bool, shard: str) -> Audit:
     url = storage.join(folder, f"{shard}.parquet")
+    receipt = None
     try:
         receipt = read_receipt(url)
         table = storage.read_parquet(url)
     except EvenmixError as error:
-        return Audit(Counts(), [str(error)])
-    findings = list(_check_commit(url, receipt, summary.items[shard], table))
+        return Audit(Counts(), [str(error)], receipt)
+    findings = []
+    if table_digest(table) != receipt.digest:
+        findings.append(f"{url}: its rows are not those that were published")
     counts = receipt.counts
     if receipt.tar is not None:
         try:
@@ -100,13 +134,13 @@ def _audit_shard(folder: str, summary: Summary, deep: bool, shard: str) -> Audit
                 _, rejected_url = _read_published(folder, name, receipt.rejected, findings)
                 reasons.update(storage.read_parquet(rejected_url, ["reason"])["reason"].to_pylist())
         except EvenmixError as error:
-            return Audit(Counts(), [*findings, str(error)])
+            return Audit(Counts(), [*findings, str(error)], receipt)
         counts = Counts(pictures + reasons.total(), pictures, dict(sorted(reasons.items())))
         if counts != receipt.counts:
             findings.append(f"{tar_url}: holds {counts}, but its receipt says {receipt.counts}")
     if not counts.is_conserved():
         findings.append(f"{url}: in is not out + rejected: {counts}")
-    return Audit(counts, findings)
+    return Audit(counts, findings, receipt)
 
 
 def _check_manifest(url: str) -> Iterator[str]:
@@ -128,15 +162,6 @@ def _check_manifest(url: str) -> Iterator[str]:
                 yield f"{url}: {shard['name']} has {receipt.counts.records_out} samples"
     except (EvenmixError, ValueError, KeyError, TypeError) as error:
         yield f"{url}: {error}"
-
-
-def _check_commit(
-    url: str, receipt: Receipt, item: dict[str, object], table: pa.Table
-) -> Iterator[str]:
-    if table_digest(table) != receipt.digest:
-        yield f"{url}: its rows are not those that were published"
-    if (receipt.fingerprint, receipt.digest) != (item["fingerprint"], item["digest"]):
-        yield f"{url}: is not the file that {SUMMARY} was written for"
 
 
 def _read_published(

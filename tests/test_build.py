@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
+import shlex
 import signal
 import subprocess
+import sys
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -205,3 +207,24 @@ def test_another_configuration_is_refused_and_says_what_differs(
     assert "config.min_short_edge_px: 32 -> 48" in printed
     assert "Traceback" not in printed
     assert hashes(str(built[0].parent / "corpus")) == before
+
+
+def test_a_full_disk_is_one_clear_error_and_the_build_goes_on_from_there(
+    built: tuple[Path, str], sources: Path, tmp_path: Path
+) -> None:
+    """The kernel refuses files above 400 kB, as a full disk does, on whichever worker."""
+    recipe = corpora.write_recipe(tmp_path, sources)
+    limited = f"ulimit -f 400; exec {shlex.quote(sys.executable)} -m pipeline.cli build"
+    done = subprocess.run(
+        ["bash", "-c", f"{limited} {shlex.quote(str(recipe))} --workers=2"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: cannot write {tmp_path}/corpus/images/photographs/folder-")
+    assert line.endswith("and start the same command again.")
+    finish(evenmix("build", str(recipe), "--workers=2"))
+    assert hashes(str(tmp_path / "corpus")) == hashes(str(built[0].parent / "corpus"))

@@ -151,6 +151,8 @@ def test_an_empty_dataset_is_refused_with_its_reasons(root: str) -> None:
     with pytest.raises(EvenmixError, match=r"set \(near_duplicate 30, too_small 270\)"):
         refuse_empty({"set": summary})
     refuse_empty({"set": replace(summary, counts=Counts(1, 1))})
+    with pytest.raises(EvenmixError, match=r"set \(ingest kept none\)"):
+        refuse_empty({"set": replace(summary, counts=Counts(0, 0))})
 
 
 def test_equal_weights_are_exact() -> None:

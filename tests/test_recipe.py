@@ -101,10 +101,23 @@ def test_all_mistakes_come_at_once_with_a_suggestion_for_each_unknown_key(tmp_pa
             'captions = "own"\nweights = {cats = 0, dogs = 1}',
             "mixture.weights must be above zero",
         ),
+        (
+            'captions = "own"',
+            'captions = "own"\nweights = {cats = inf, dogs = 1}',
+            "Input should be a finite number",
+        ),
+        (
+            'captions = "own"',
+            'captions = "own"\ndatasets = ["cats", "cats"]',
+            "mixture.datasets names a dataset twice",
+        ),
         ('id_field = "id"', "", "layout 'parquet' needs id_field"),
         ("[datasets.cats]", '[datasets."../cats"]', "becomes a folder name"),
         ("resolution = 256", "resolution = 0", "mixture.resolution: Input should be greater than"),
         ('root = "corpus"', "root = 3", "root: Input should be a valid string"),
+        ('root = "corpus"', 'root = ""', "root: Value error, is empty; name a folder"),
+        ('root = "corpus"', 'root = "gs://"', "'gs://' is no URL of a folder"),
+        ('root = "corpus"', 'root = "gs:/bucket/R"', "'gs:/bucket/R' is no URL of a folder"),
     ],
 )
 def test_each_mistake_is_explained(tmp_path: Path, old: str, new: str, expected: str) -> None:

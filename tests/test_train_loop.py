@@ -192,6 +192,38 @@ def test_only_the_newest_checkpoints_are_kept(mixture: str, tmp_path: Path) -> N
     assert (step, stored) == (3, config)
 
 
+def test_an_output_that_is_a_file_is_a_clear_error(mixture: str, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("taken")
+    with pytest.raises(EvenmixError, match=r"cannot write to .*/run/checkpoints"):
+        train(configuration(mixture, tmp_path / "run"), threading.Event())
+
+
+def test_a_checkpoint_that_does_not_fit_on_the_disk_is_a_clear_error(
+    mixture: str, tmp_path: Path
+) -> None:
+    """No file may exceed 4,000 bytes, which stops orbax's writers as a full disk would."""
+    config = configuration(mixture, tmp_path / "run")
+    code = (
+        "import resource, signal; from tests.test_train_loop import *\n"
+        f"config = TrainConfig.model_validate({config.model_dump()!r})\n"
+        "checkpoints, state = Checkpoints(config.output, config, 'hash'), fresh_state(config)\n"
+        "checkpoints.save(state._replace(step=1))\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))\n"
+        "try:\n    checkpoints.save(state._replace(step=2))\n"
+        "except EvenmixError as error:\n    print('told:', error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert f"told: cannot write to {tmp_path}/run/checkpoints: " in done.stdout, done.stderr
+    assert Checkpoints(config.output, config, "hash").resume(fresh_state(config)).step == 1
+
+
 def test_sampling_without_a_checkpoint_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(EvenmixError, match="holds no checkpoint"):
         load_averaged(str(tmp_path / "nothing"))

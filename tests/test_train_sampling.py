@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pipeline.errors import EvenmixError
 from tests import golden_i1
 from train.encoders import ByteTextEncoder, PixelCodec
 from train.grid import draw_grid
@@ -58,6 +59,13 @@ def test_full_rescaling_keeps_the_conditional_spread() -> None:
     guided = guide(conditional, other, SamplingConfig(guidance=7, rescale=1))
     spread = [np.std(np.asarray(v), axis=(1, 2, 3)) for v in (guided, conditional)]
     np.testing.assert_allclose(spread[0], spread[1], rtol=1e-5)
+
+
+def test_settings_that_give_no_picture_are_all_told_at_once() -> None:
+    with pytest.raises(EvenmixError) as caught:
+        SamplingConfig(guidance=float("nan"), rescale=1.5, steps=0, shift=0.0)
+    for name in ("guidance nan", "rescale 1.5", "steps 0", "shift 0.0"):
+        assert name in str(caught.value)
 
 
 def test_a_picture_depends_on_its_prompt_index_and_seed_alone() -> None:

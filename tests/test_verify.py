@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,6 +83,7 @@ DAMAGES: list[tuple[str, Callable[[Path], None], str]] = [
     (f"{SECOND}.rejected.parquet", cut, "cannot be read as Parquet"),
     ("stage.json", other_count, "its sums .* are not those of its shards"),
     ("stage.json", write_text, "is damaged"),
+    (f"{FIRST}.rejected.parquet", write_text, "belongs to no finished work"),
     ("stray.tar", write_text, "belongs to no finished work"),
     (".temporary-0123-a.tar", write_text, "belongs to no finished work"),
 ]
@@ -125,3 +127,21 @@ def test_no_byte_of_a_tar_can_change_unseen(root: Path) -> None:
         path.write_bytes(original)
         flip(offset)(path)
         assert verify(str(root), deep=False)[1], offset
+
+
+def test_no_byte_of_a_summary_can_change_unseen(root: Path) -> None:
+    path = root / "images/d/stage.json"
+    original = path.read_bytes()
+    for offset in range(0, len(original), 5):
+        path.write_bytes(original)
+        flip(offset)(path)
+        findings = verify(str(root), deep=False)[1]
+        assert any(f"{root}/images/d/" in finding for finding in findings), offset
+
+
+def test_a_mixture_without_its_manifest_is_not_finished(root: Path) -> None:
+    shutil.copytree(root / "images/d", root / "mixtures/m/d")
+    _, findings = verify(str(root), deep=False)
+    assert findings == [
+        f"{root}/mixtures/m/mixture.json: {root}/mixtures/m/mixture.json does not exist"
+    ]

@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 from pipeline.errors import EvenmixError
 from train.config import TrainConfig
 from train.model import Params, abstract_params
+from train.output import writing_to
 
 KEPT_CHECKPOINTS = 2
 
@@ -41,27 +42,35 @@ class Checkpoints:
         self.folder = checkpoint_folder(output)
         self._config = config
         self._identity = config.identity() | {"mixture_sha256": mixture_sha256}
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=KEPT_CHECKPOINTS, enable_async_checkpointing=False
-            ),
-        )
+        with writing_to(self.folder):
+            self._manager = ocp.CheckpointManager(
+                self.folder,
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=KEPT_CHECKPOINTS, enable_async_checkpointing=False
+                ),
+            )
 
     def save(self, state: TrainState) -> None:
-        """Write a checkpoint, if this step has none yet, and remove the oldest ones."""
+        """Write a checkpoint, if this step has none yet, and remove the oldest ones.
+
+        Raises:
+            EvenmixError: it cannot be written; the checkpoints before it are whole.
+        """
         if self._manager.latest_step() == state.step:
             return
         run = {"identity": self._identity, "config": self._config.model_dump()}
-        self._manager.save(
-            state.step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                ema=ocp.args.StandardSave(state.ema),
-                opt_state=ocp.args.StandardSave(state.opt_state),
-                run=ocp.args.JsonSave(run),
-            ),
+        args = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            ema=ocp.args.StandardSave(state.ema),
+            opt_state=ocp.args.StandardSave(state.opt_state),
+            run=ocp.args.JsonSave(run),
         )
+        with writing_to(self.folder):
+            try:
+                self._manager.save(state.step, args=args)
+            except ValueError as error:
+                # So tensorstore, to which orbax leaves the arrays, says that a disk is full.
+                raise OSError(str(error)) from error
 
     def resume(self, fresh: TrainState) -> TrainState:
         """Return the state of the newest checkpoint, or ``fresh`` if there is none.

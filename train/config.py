@@ -1,13 +1,10 @@
 """The configuration of a training run: one TOML file, checked as a whole before any work."""
 
-import difflib
-import tomllib
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from pipeline.errors import EvenmixError
+from pipeline.config_file import load_toml
 from train.encoders import ByteTextEncoder, LatentCodec, PixelCodec, TextEncoder
 from train.model import ModelConfig
 
@@ -120,33 +117,10 @@ class TrainConfig(Section):
         return self.model_dump(exclude=free | {"loader_threads", "evaluation_samples"})
 
 
-def load_config(path: str, **overrides: str | int | None) -> TrainConfig:
+def load_config(url: str, **overrides: str | int | None) -> TrainConfig:
     """Read a configuration; overrides that are not None replace top-level values.
 
     Raises:
         EvenmixError: the file is missing or wrong; all mistakes are in the one message.
     """
-    try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise EvenmixError(f"{path} does not exist") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise EvenmixError(f"{path} is not TOML: {error}") from error
-    values |= {name: value for name, value in overrides.items() if value is not None}
-    try:
-        return TrainConfig.model_validate(values)
-    except ValidationError as error:
-        mistakes = [_mistake(detail["loc"], detail["msg"]) for detail in error.errors()]
-        raise EvenmixError("\n  ".join([f"{path} has mistakes:", *mistakes])) from error
-
-
-def _mistake(location: tuple[int | str, ...], message: str) -> str:
-    name = ".".join(map(str, location)) or "the whole"
-    if message != "Extra inputs are not permitted":
-        return f"{name}: {message.removeprefix('Value error, ')}"
-    section: type[BaseModel] = TrainConfig
-    for part in location[:-1]:
-        field = section.model_fields[str(part)]
-        section = cast(type[BaseModel], field.annotation)
-    near = difflib.get_close_matches(str(location[-1]), section.model_fields, n=1)
-    return f"{name}: unknown key" + (f", did you mean {near[0]}?" if near else "")
+    return load_toml(url, TrainConfig, overrides)

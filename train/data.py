@@ -19,14 +19,12 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from mixing.manifest import Manifest, Split
+from mixing.manifest import OFFSETS, Manifest, Split
 from pipeline import storage
 from pipeline.errors import EvenmixError
 from train.schedule import SAMPLES_PER_READ, Schedule, sample_order, shard_order
 
 T = TypeVar("T")
-
-INDEX_COLUMNS = ("key", "image_offset", "image_bytes", "json_offset", "json_bytes")
 
 
 class BrokenSample(Exception):
@@ -88,7 +86,7 @@ class SplitReader:
 
     def __init__(self, mixture_url: str, manifest: Manifest, split: Split, cached_runs: int):
         self.shards = split.shards
-        self.shard_ends = np.cumsum([shard.num_samples for shard in split.shards])
+        self._num_samples = sum(shard.num_samples for shard in split.shards)
         self._mixture_url = mixture_url
         self._resolution = manifest.resolution
         self._set_weights = {name: Fraction(w) for name, w in manifest.caption_sets.items()}
@@ -96,7 +94,7 @@ class SplitReader:
         self._run = lru_cache(maxsize=cached_runs)(self._read_run)
 
     def __len__(self) -> int:
-        return int(self.shard_ends[-1]) if self.shards else 0
+        return self._num_samples
 
     def shard_url(self, shard: int) -> str:
         """Return the URL of a shard's tar."""
@@ -142,13 +140,13 @@ class SplitReader:
 
     def _read_index(self, shard: int) -> dict[str, np.ndarray]:
         url = self.shard_url(shard).removesuffix(".tar") + ".parquet"
-        table = storage.read_parquet(url, INDEX_COLUMNS)
+        table = storage.read_parquet(url, OFFSETS.names)
         if len(table) != self.shards[shard].num_samples:
             raise EvenmixError(
                 f"{url} lists {len(table)} samples, the manifest {self.shards[shard].num_samples}. "
                 "The mixture is damaged; `evenmix verify` tells more."
             )
-        return {name: table[name].to_numpy() for name in INDEX_COLUMNS}
+        return {name: table[name].to_numpy() for name in OFFSETS.names}
 
     def _read_run(self, shard: int, run: int) -> tuple[int, bytes]:
         """Fetch a run of neighbouring samples: the offset of its first byte, and its bytes."""

@@ -63,12 +63,12 @@ class ByteTextEncoder:
     """A text encoder without parameters, made of the UTF-8 bytes of words.
 
     Each word or mark is one token. Its embedding is the normalised sum of fixed Gaussian vectors,
-    one for each run of one to three bytes of the lower-cased word (begin and end marked) and one
-    for the whole word, so that equal words are equal, related words are near, and others are
-    nearly orthogonal (the hashed n-grams of fastText, Bojanowski et al. 2017, section 3.2). As the
-    states of a pretrained encoder know their context, half as much is added of the same sums, under
-    another hash, of the word before and of the word after. Vectors are drawn from a hash, so they
-    are the same on every machine.
+    one for each run of one to three bytes of the lower-cased word (begin and end marked) and one,
+    as heavy as all runs together, for the whole word, so that equal words are equal, related words
+    are near, and others are nearly orthogonal (the hashed n-grams of fastText, Bojanowski et al.
+    2017, section 3.2). As the states of a pretrained encoder know their context, half as much is
+    added of the same sums, under another hash, of the word before and of the word after. Vectors
+    are drawn from a hash, so they are the same on every machine.
     """
 
     num_tokens: int

@@ -54,7 +54,7 @@ def evaluate(
 
     @jax.jit
     def mean_losses(
-        pictures: jax.Array, caption: jax.Array, mask: jax.Array, index: jax.Array
+        params: Params, pictures: jax.Array, caption: jax.Array, mask: jax.Array, index: jax.Array
     ) -> jax.Array:
         data = codec.encode(pictures)
 
@@ -63,18 +63,13 @@ def evaluate(
 
         noise = jax.vmap(noise_of)(index)
         never = jnp.zeros(len(data), bool)
-        at_each_time = [
-            losses(
-                velocity,
-                params,
-                data,
-                caption=caption,
-                mask=mask,
-                draws=Draws(noise, jnp.full(len(data), t), never),
-            )
-            for t in times.tolist()
-        ]
-        return jnp.stack(at_each_time).mean(axis=0)
+
+        def at_time(t: jax.Array) -> jax.Array:
+            draws = Draws(noise, jnp.full(len(data), t), never)
+            return losses(velocity, params, data, caption=caption, mask=mask, draws=draws)
+
+        mean: jax.Array = jax.lax.map(at_time, times).mean(axis=0)
+        return mean
 
     def per_sample(samples: list[Sample], captions: list[str]) -> np.ndarray:
         found = []
@@ -82,7 +77,7 @@ def evaluate(
             number = (first + np.arange(PICTURES_AT_A_TIME)) % len(samples)
             pictures = np.stack([samples[i].picture for i in number])
             caption, mask = encoder([captions[i] for i in number])
-            found.append(np.asarray(mean_losses(pictures, caption, mask, number)))
+            found.append(np.asarray(mean_losses(params, pictures, caption, mask, number)))
         losses_of_all: np.ndarray = np.concatenate(found)[: len(samples)]
         return losses_of_all
 

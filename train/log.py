@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from train.config import TrainConfig
+from train.output import writing_to
 
 
 class LossLog:
@@ -21,11 +22,12 @@ class LossLog:
     """
 
     def __init__(self, output: Path, from_step: int):
-        output.mkdir(parents=True, exist_ok=True)
+        self._output = output
         self._lines = output / "loss.jsonl"
         self._picture = output / "loss.png"
         kept = [line for line in self._read() if line["step"] <= from_step]
-        self._lines.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        with writing_to(output):
+            self._lines.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
     def write(
         self, step: int, window: list[dict[str, Any]], started: float, config: TrainConfig
@@ -46,7 +48,7 @@ class LossLog:
             "replaced_samples": sum(metrics["replaced_samples"] for metrics in window),
             "samples_per_s": round(len(window) * config.batch_size / elapsed_s, 1),
         }
-        with self._lines.open("a") as file:
+        with writing_to(self._output), self._lines.open("a") as file:
             file.write(json.dumps(line) + "\n")
         left_s = (config.steps - step) * elapsed_s / len(window)
         return (
@@ -61,7 +63,8 @@ class LossLog:
         axes.plot([line["step"] for line in lines], [line["loss"] for line in lines])
         axes.set(xlabel="step", ylabel="loss (mean squared error of the velocity)", yscale="log")
         axes.grid(alpha=0.3, which="both")
-        figure.savefig(self._picture, dpi=120)
+        with writing_to(self._output):
+            figure.savefig(self._picture, dpi=120)
         plt.close(figure)
 
     def _read(self) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ from train.flow import draw, losses
 from train.log import LossLog
 from train.model import Params, Velocity, init_params, velocity_fn
 from train.optimiser import make_optimiser, update_ema
+from train.output import writing_to
 
 # (params, ema, opt_state), the device's share of the state.
 Weights = tuple[Params, Params, optax.OptState]
@@ -93,14 +94,18 @@ def train(config: TrainConfig, stop: threading.Event) -> dict[str, Evaluation] |
     velocity = velocity_fn(model_config)
     optimiser = make_optimiser(config.optimiser)
 
-    params = init_params(model_config, config.seed)
-    ema = jax.tree.map(jnp.copy, params)
+    def fresh() -> TrainState:
+        params = init_params(model_config, config.seed)
+        return TrainState(0, params, jax.tree.map(jnp.copy, params), optimiser.init(params))
+
     mixture_sha256 = hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()
     checkpoints = Checkpoints(config.output, config, mixture_sha256)
-    state = checkpoints.resume(TrainState(0, params, ema, optimiser.init(params)))
+    # No name keeps the fresh weights: a resumed run would hold them all along.
+    state = checkpoints.resume(fresh())
     log = LossLog(Path(config.output), from_step=state.step)
     say = partial(print, flush=True)
-    say(f"{sum(x.size for x in jax.tree.leaves(params)):,} parameters, from step {state.step}")
+    num_parameters = sum(x.size for x in jax.tree.leaves(state.params))
+    say(f"{num_parameters:,} parameters, from step {state.step}")
 
     def ready(step: int) -> Inputs:
         batch = data.batch(step)
@@ -134,5 +139,7 @@ def train(config: TrainConfig, stop: threading.Event) -> dict[str, Evaluation] |
         velocity, weights[1], held_out=held_out, encoder=encoder, codec=codec, config=config
     )
     report = {"step": step, "datasets": as_json(evaluations)}
-    (Path(config.output) / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
+    output = Path(config.output)
+    with writing_to(output):
+        (output / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
     return evaluations

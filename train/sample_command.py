@@ -11,6 +11,7 @@ from pipeline.errors import EvenmixError
 from train.checkpoint import load_averaged
 from train.grid import draw_grid
 from train.model import velocity_fn
+from train.output import writing_to
 from train.sampling import SamplingConfig, sample
 
 DEFAULTS = SamplingConfig()
@@ -46,12 +47,14 @@ def run(args: argparse.Namespace) -> int:
         config=settings,
     )
     output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
-    for number, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
-        path = output / f"{number:04d}.png"
-        _save(path, picture, {"prompt": prompt, "index": number, "step": step} | asdict(settings))
-        print(f"{path}: {prompt}")
-    draw_grid(pictures, prompts).save(output / "grid.png")
+    with writing_to(output):
+        for number, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
+            path = output / f"{number:04d}.png"
+            text = {"prompt": prompt, "index": number, "step": step} | asdict(settings)
+            _save(path, picture, text)
+        draw_grid(pictures, prompts).save(output / "grid.png")
+    for number, prompt in enumerate(prompts):
+        print(f"{output / f'{number:04d}.png'}: {prompt}")
     print(f"grid of samples: {output / 'grid.png'}")
     return 0
 

@@ -4,12 +4,14 @@ Source: Ho and Salimans 2022 (guidance); Lin et al. 2023, "Common Diffusion Nois
 Sample Steps are Flawed", section 3.4 (rescaled guidance).
 """
 
+import math
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pipeline.errors import EvenmixError
 from train.encoders import LatentCodec, TextEncoder
 from train.flow import shift_time
 from train.model import Params, Velocity
@@ -22,7 +24,10 @@ class SamplingConfig:
     """How to sample.
 
     ``guidance`` 1 is none; ``rescale`` (0 to 1) brings the guided velocity's spread back to that
-    of the unguided one; ``shift`` below 1 spends more of the ``steps`` near the noise.
+    of the conditional one; ``shift`` below 1 spends more of the ``steps`` near the noise.
+
+    Raises:
+        EvenmixError: values that give no picture; all of them are in the message.
     """
 
     guidance: float = 4.0
@@ -30,6 +35,19 @@ class SamplingConfig:
     steps: int = 50
     shift: float = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        mistakes = []
+        if not math.isfinite(self.guidance):
+            mistakes.append(f"guidance {self.guidance} is not a finite number")
+        if not 0 <= self.rescale <= 1:
+            mistakes.append(f"rescale {self.rescale} is not between 0 and 1")
+        if self.steps < 1:
+            mistakes.append(f"steps {self.steps} is below 1")
+        if not 0 < self.shift < math.inf:
+            mistakes.append(f"shift {self.shift} is not above 0")
+        if mistakes:
+            raise EvenmixError(f"cannot sample so: {'; '.join(mistakes)}")
 
 
 def guide(conditional: jax.Array, unconditional: jax.Array, config: SamplingConfig) -> jax.Array:
@@ -85,7 +103,7 @@ def sample(
     key = jax.random.key(config.seed)
 
     @jax.jit
-    def draw(index: jax.Array, caption: jax.Array, mask: jax.Array) -> jax.Array:
+    def draw(params: Params, index: jax.Array, caption: jax.Array, mask: jax.Array) -> jax.Array:
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
         noise = jax.vmap(lambda k: jax.random.normal(k, (side, side, codec.channels)))(keys)
         latents = integrate(velocity, params, noise, caption=caption, mask=mask, config=config)
@@ -97,5 +115,5 @@ def sample(
         # The last chunk is filled up, so that all have one shape and compile once.
         caption, mask = encoder(chunk + [""] * (PICTURES_AT_A_TIME - len(chunk)))
         index = first + np.arange(PICTURES_AT_A_TIME)
-        pictures.append(np.asarray(draw(index, caption, mask))[: len(chunk)])
+        pictures.append(np.asarray(draw(params, index, caption, mask))[: len(chunk)])
     return np.concatenate(pictures)
