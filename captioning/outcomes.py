@@ -19,3 +19,7 @@ class CaptionOutcome(StrEnum):
     """The dataset has no text for this picture (engine `source`)."""
     NOT_ASKED = "not_asked"
     """No caption was wanted for this picture."""
+
+
+USABLE = frozenset({CaptionOutcome.OK, CaptionOutcome.TRUNCATED})
+"""The outcomes whose text a mixture takes; i1 too trains on captions that reached the limit."""

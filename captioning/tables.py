@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from captioning.outcomes import CaptionOutcome
+from captioning.outcomes import USABLE, CaptionOutcome
 from pipeline import storage
 from pipeline.ingest import FOLDER as IMAGES
 from pipeline.receipts import Counts
@@ -50,7 +50,7 @@ def caption_output(rows: Sequence[Mapping[str, Any]]) -> Output:
     outcomes: Counter[str] = Counter()
     for row in rows:
         found = [str(caption["outcome"]) for caption in row["captions"]]
-        outcomes[CaptionOutcome.OK if CaptionOutcome.OK in found else found[0]] += 1
+        outcomes[CaptionOutcome.OK if USABLE.intersection(found) else found[0]] += 1
     captioned = outcomes.pop(CaptionOutcome.OK, 0)
     return Output(
         table=pa.Table.from_pylist(rows, schema=CAPTIONS),

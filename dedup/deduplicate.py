@@ -330,7 +330,7 @@ def _common_descriptor(recipe: Recipe, datasets: list[str]) -> Mapping[str, Any]
             raise EvenmixError(
                 f"{storage.join(recipe.root, folder)}: {datasets[0]} and {dataset} were embedded "
                 f"by different descriptors ({'; '.join(differences)}), which cannot be compared; "
-                "embed all under another dedup.name"
+                "embed all under another dedup.descriptor"
             )
     return found[datasets[0]] if datasets else {}
 

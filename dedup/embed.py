@@ -73,7 +73,7 @@ def _decode(tar_url: str, row: Mapping[str, Any], stretch: bytes, begin: int) ->
 
 def folder_of(recipe: Recipe) -> str:
     """Return the folder below R that has a recipe's descriptors."""
-    return f"embeddings/{recipe.dedup.name}"
+    return f"embeddings/{recipe.dedup.descriptor}"
 
 
 def near_datasets(recipe: Recipe) -> list[str]:

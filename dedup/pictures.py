@@ -102,7 +102,7 @@ def read_descriptors(
         if wanted.max() >= len(keys) or (keys[wanted] != pictures.key[rows[places]]).any():
             raise EvenmixError(
                 f"{url} does not belong to {_index_url(root, dataset, name)}: their keys differ; "
-                "embed under another dedup.name"
+                "embed under another dedup.descriptor"
             )
         vectors[places] = stored[wanted]
     return vectors

@@ -76,7 +76,7 @@ def read_vectors(url: str, column: str, dimension: int) -> tuple[pa.Table, Vecto
     if column not in table.column_names or table.schema.field(column).type != expected:
         raise EvenmixError(
             f"{url} has no column {column} of {dimension} float16 numbers; it was made by another "
-            "descriptor. Descriptors never mix: embed under another dedup.name"
+            "descriptor. Descriptors never mix: embed under another dedup.descriptor"
         )
     flat = table[column].combine_chunks().flatten().to_numpy(zero_copy_only=False)
     return table, flat.reshape(-1, dimension)

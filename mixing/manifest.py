@@ -25,6 +25,10 @@ OFFSETS = pa.schema(
 two members have their data in the tar, in bytes."""
 
 
+MAX_COMMON_DENOMINATOR = 1_000_000
+"""A trainer tabulates one period of the weights, whose length is their common denominator."""
+
+
 def _exact_fraction(text: str) -> str:
     try:
         in_lowest_terms = str(Fraction(text)) == text

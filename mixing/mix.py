@@ -18,6 +18,15 @@ from pipeline.run import run_stage
 from pipeline.stage import Summary, committed_receipts
 
 
+def check(recipe: Recipe) -> None:
+    """Check that the mixture's weights can be kept exactly.
+
+    Raises:
+        EvenmixError: they cannot.
+    """
+    dataset_weights(recipe.mixture_datasets(), recipe.mixture.weights)
+
+
 def run_recipe(recipe: Recipe, runner: RunnerOptions) -> None:
     """Cut a recipe's mixture from the corpus.
 

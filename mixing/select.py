@@ -12,8 +12,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from captioning.outcomes import CaptionOutcome
+from captioning.outcomes import USABLE
 from pipeline import storage
+from pipeline.errors import EvenmixError
 from pipeline.ingest import FOLDER as IMAGES
 from pipeline.reasons import RejectReason
 from pipeline.receipts import Counts, fingerprint
@@ -115,13 +116,16 @@ class Select:
             zip(index, duplicates, captions, strict=True)
         ):
             if not picture["key"] == duplicate["key"] == caption["key"]:
-                raise AssertionError(f"{dataset}/{shard} row {row}: the keys of its tables differ")
+                raise EvenmixError(
+                    f"{dataset}/{shard} row {row}: its index, duplicates and captions speak of "
+                    "different pictures; `evenmix verify` tells which file is damaged"
+                )
             reason = None
             if duplicate["rule"] is not None:
                 reason = RejectReason(duplicate["rule"])
             elif min(picture["width"], picture["height"]) < least_px:
                 reason = RejectReason.TOO_SMALL
-            elif not any(c["outcome"] == CaptionOutcome.OK for c in caption["captions"]):
+            elif not any(c["outcome"] in USABLE for c in caption["captions"]):
                 reason = RejectReason.NO_CAPTION
             judged.append((Candidate(picture["key"], shard, row), reason))
         return judged

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from captioning.outcomes import CaptionOutcome
+from captioning.outcomes import USABLE
 from mixing.manifest import OFFSETS
 from mixing.select import SHARD as SELECTED
 from mixing.select import Select, corpus_digests
@@ -134,7 +134,7 @@ class Write:
             "captions": [
                 {"text": c["text"], "caption_set": mixture.captions, "model": c["model"]}
                 for c in picture["captions"]
-                if c["outcome"] == CaptionOutcome.OK
+                if c["outcome"] in USABLE
             ],
             "fields": json.loads(picture["fields"]),
             "original_height": picture["height"],

@@ -21,15 +21,15 @@ STAGES = (
 )
 """The modules of the stages in the order of a build; each has ``run_recipe``."""
 
-CHECKED = ("pipeline.ingest", "dedup.embed", "captioning.caption")
-"""Those that need something from outside (sources, weights, a model); each has ``check``."""
+CHECKED = ("pipeline.ingest", "dedup.embed", "captioning.caption", "mixing.mix")
+"""Those that can refuse a recipe before any work; each has ``check``."""
 
 
 def check(recipe: Recipe) -> None:
-    """Check that all stages have what they need from outside.
+    """Check that no stage will refuse the recipe later on.
 
     Raises:
-        EvenmixError: with everything that is missing.
+        EvenmixError: with everything that stands in the way.
     """
     obstacles = []
     for name in CHECKED:

@@ -57,7 +57,7 @@ def _describe(details: ErrorDetails, model: type[BaseModel]) -> str:
         close = difflib.get_close_matches(str(details["loc"][-1]), known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"
         return f"{place}: unknown key; {hint}"
-    return f"{place}: {details['msg']}"
+    return f"{place}: {details['msg'].removeprefix('Value error, ')}"
 
 
 def _known_keys(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:

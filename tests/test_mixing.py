@@ -141,7 +141,7 @@ def test_tables_that_are_not_aligned_are_never_joined(root: str, tmp_path: Path)
             table = storage.read_parquet(file.url)
             data = storage.parquet_bytes(table.take(list(reversed(range(ROWS)))), {})
         storage.publish(storage.join(shuffled, file.name), data)
-    with pytest.raises(AssertionError, match="shard-1 row 0"):
+    with pytest.raises(EvenmixError, match="shard-1 row 0"):
         select(shuffled)
 
 
@@ -158,6 +158,11 @@ def test_an_empty_dataset_is_refused_with_its_reasons(root: str) -> None:
 def test_equal_weights_are_exact() -> None:
     weights = dataset_weights([f"d{i}" for i in range(11)], "equal")
     assert set(weights.values()) == {Fraction(1, 11)}
+
+
+def test_weights_that_no_trainer_could_tabulate_are_refused() -> None:
+    with pytest.raises(EvenmixError, match="round them"):
+        dataset_weights(["a", "b"], {"a": 0.1234567, "b": 0.3})
 
 
 def test_given_weights_are_read_as_decimals_and_sum_to_one() -> None:

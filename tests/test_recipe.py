@@ -115,7 +115,7 @@ def test_all_mistakes_come_at_once_with_a_suggestion_for_each_unknown_key(tmp_pa
         ("[datasets.cats]", '[datasets."../cats"]', "becomes a folder name"),
         ("resolution = 256", "resolution = 0", "mixture.resolution: Input should be greater than"),
         ('root = "corpus"', "root = 3", "root: Input should be a valid string"),
-        ('root = "corpus"', 'root = ""', "root: Value error, is empty; name a folder"),
+        ('root = "corpus"', 'root = ""', "root: is empty; name a folder"),
         ('root = "corpus"', 'root = "gs://"', "'gs://' is no URL of a folder"),
         ('root = "corpus"', 'root = "gs:/bucket/R"', "'gs:/bucket/R' is no URL of a folder"),
     ],

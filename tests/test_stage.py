@@ -132,8 +132,9 @@ def test_other_settings_are_refused_with_what_differs(root: str, change: dict[st
     ((name, value),) = change.items()
     place = {"min_length": "config.min_length", "version": "version"}[name]
     expected = (
-        f"{root}/words/d/a.parquet was made in another way ({place}: 1 -> {value}). Choose another "
-        "name or root for the new build, or remove that folder."
+        f"{root}/words/d/a.parquet was made in another way ({place}: 1 -> {value}). Give the new "
+        "one another name in the recipe (dedup.name, a caption set's, mixture.name) or another "
+        "root, or remove that folder."
     )
     changed = Words(root, **change)
     with pytest.raises(EvenmixError) as caught:

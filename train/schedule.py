@@ -13,8 +13,8 @@ from fractions import Fraction
 
 import numpy as np
 
-# The cycle is as long as the weights' common denominator and is held in memory.
-MAX_CYCLE = 1_000_000
+from mixing.manifest import MAX_COMMON_DENOMINATOR
+
 # Samples that lie side by side in a shard and stay together in every order: one read fetches them.
 SAMPLES_PER_READ = 64
 
@@ -23,11 +23,13 @@ def dataset_cycle(weights: list[Fraction]) -> np.ndarray:
     """Return the datasets of one cycle of draws, int32, of the length of the common denominator.
 
     Raises:
-        ValueError: the common denominator is above MAX_CYCLE.
+        ValueError: the common denominator is above MAX_COMMON_DENOMINATOR.
     """
     length = math.lcm(*(weight.denominator for weight in weights))
-    if length > MAX_CYCLE:
-        raise ValueError(f"the weights' common denominator {length:,} is above {MAX_CYCLE:,}")
+    if length > MAX_COMMON_DENOMINATOR:
+        raise ValueError(
+            f"the weights' common denominator {length:,} is above {MAX_COMMON_DENOMINATOR:,}"
+        )
     share = [int(weight * length) for weight in weights]
     counts = [0] * len(weights)
     # Tijdeman's rule: of the datasets that lag by at least 1 / parts of a draw, serve the one whose
