@@ -10,8 +10,8 @@ from captioning.from_source import SourceCaptioning
 from pipeline.beam_job import RunnerOptions
 from pipeline.command_options import add_stage_arguments, recipe_of, runner_of
 from pipeline.errors import EvenmixError
-from pipeline.ingest import FOLDER as IMAGES
 from pipeline.recipe import Recipe, SourceCaptions, VllmCaptions
+from pipeline.records import IMAGES
 from pipeline.run import run_stage
 from pipeline.stage import Stage, WorkItem, finished_shards
 

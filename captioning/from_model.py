@@ -10,10 +10,9 @@ from captioning import prompts
 from captioning.tables import caption_output, read_index
 from captioning.vllm_engine import Caption, CaptionRequest, EngineConfig, Sampling, VllmEngine
 from pipeline import images, originals, storage
-from pipeline.ingest import FOLDER as IMAGES
 from pipeline.originals import read_original
 from pipeline.recipe import VllmCaptions
-from pipeline.records import uniform_hash
+from pipeline.records import IMAGES, uniform_hash
 from pipeline.stage import Output, WorkItem, dataset_url
 
 CAPTIONER_SHORT_EDGE_PX = 512

@@ -8,8 +8,8 @@ import pyarrow as pa
 
 from captioning.outcomes import USABLE, CaptionOutcome
 from pipeline import storage
-from pipeline.ingest import FOLDER as IMAGES
 from pipeline.receipts import Counts
+from pipeline.records import IMAGES
 from pipeline.stage import Output, WorkItem, dataset_url
 
 CAPTIONS = pa.schema(

@@ -32,13 +32,14 @@ from dedup.records import (
     to_column,
 )
 from dedup.search import Floats, find_pairs, nearest_clusters
-from pipeline import ingest, storage
+from pipeline import storage
 from pipeline.beam_job import RunnerOptions
 from pipeline.command_options import add_stage_arguments, recipe_of, runner_of
 from pipeline.errors import EvenmixError
 from pipeline.reasons import RejectReason
 from pipeline.receipts import Counts, difference, fingerprint, read_receipt
 from pipeline.recipe import Recipe
+from pipeline.records import IMAGES
 from pipeline.run import run_stage
 from pipeline.stage import Output, Stage, WorkItem, finished_shards
 
@@ -231,7 +232,7 @@ class Deduplicate:
 
     def process(self, item: WorkItem) -> Output:
         """Write what became of each picture of a shard."""
-        index_url = storage.join(self.root, ingest.FOLDER, item.dataset, f"{item.shard}.parquet")
+        index_url = storage.join(self.root, IMAGES, item.dataset, f"{item.shard}.parquet")
         keys = storage.read_parquet(index_url, ["key"])["key"].to_pylist()
         table = storage.read_parquet(item.payload["removals"])
         here = (pc.field("dataset") == item.dataset) & (pc.field("shard") == item.shard)
@@ -256,7 +257,7 @@ def run_recipe(recipe: Recipe, runner: RunnerOptions) -> None:
     """Find the duplicates within and across all datasets of a recipe."""
     root, folder = recipe.root, folder_of(recipe)
     images = {
-        dataset: finished_shards(root, ingest.FOLDER, dataset, "ingest")
+        dataset: finished_shards(root, IMAGES, dataset, "ingest")
         for dataset in sorted(recipe.datasets)
     }
     near = embed.near_datasets(recipe)

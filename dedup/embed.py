@@ -13,12 +13,13 @@ import pyarrow as pa
 
 from dedup.descriptors import Descriptor, sscd
 from dedup.records import embeddings_schema, to_column
-from pipeline import ingest, originals, storage
+from pipeline import originals, storage
 from pipeline.beam_job import RunnerOptions
 from pipeline.command_options import add_stage_arguments, recipe_of, runner_of
 from pipeline.images import Pixels
 from pipeline.receipts import Counts
 from pipeline.recipe import Recipe
+from pipeline.records import IMAGES
 from pipeline.run import run_stage
 from pipeline.stage import Output, WorkItem, finished_shards
 
@@ -43,7 +44,7 @@ class Embed:
 
     def process(self, item: WorkItem) -> Output:
         """Describe the pictures of one shard."""
-        shard_url = storage.join(self.root, ingest.FOLDER, item.dataset, item.shard)
+        shard_url = storage.join(self.root, IMAGES, item.dataset, item.shard)
         index = storage.read_parquet(f"{shard_url}.parquet", originals.COLUMNS)
         parts = [self.descriptor.embed(batch) for batch in _batches(f"{shard_url}.tar", index)]
         vectors = np.concatenate(parts) if parts else self.descriptor.embed([])
@@ -96,7 +97,7 @@ def run_recipe(recipe: Recipe, runner: RunnerOptions) -> None:
     items = [
         WorkItem(dataset, shard, inputs={"images": digest})
         for dataset in near_datasets(recipe)
-        for shard, digest in finished_shards(recipe.root, ingest.FOLDER, dataset, "ingest").items()
+        for shard, digest in finished_shards(recipe.root, IMAGES, dataset, "ingest").items()
     ]
     if items:
         stage = Embed(recipe.root, folder_of(recipe), sscd(recipe.dedup.weights))

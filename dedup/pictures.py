@@ -10,8 +10,9 @@ import numpy.typing as npt
 from dedup import keepers
 from dedup.exact import copy_groups, first_of_equal, stand_ins
 from dedup.records import Vectors, read_vectors
-from pipeline import ingest, storage
+from pipeline import storage
 from pipeline.errors import EvenmixError
+from pipeline.records import IMAGES
 
 Ints = npt.NDArray[np.int64]
 
@@ -109,4 +110,4 @@ def read_descriptors(
 
 
 def _index_url(root: str, dataset: str, shard: str) -> str:
-    return storage.join(root, ingest.FOLDER, dataset, f"{shard}.parquet")
+    return storage.join(root, IMAGES, dataset, f"{shard}.parquet")

@@ -15,11 +15,10 @@ import pyarrow as pa
 from captioning.outcomes import USABLE
 from pipeline import storage
 from pipeline.errors import EvenmixError
-from pipeline.ingest import FOLDER as IMAGES
 from pipeline.reasons import RejectReason
 from pipeline.receipts import Counts, fingerprint
 from pipeline.recipe import Recipe
-from pipeline.records import uniform_hash
+from pipeline.records import IMAGES, uniform_hash
 from pipeline.stage import Output, WorkItem, dataset_url, finished_shards
 
 SHARD = "selected"

@@ -14,10 +14,10 @@ from mixing.manifest import OFFSETS
 from mixing.select import SHARD as SELECTED
 from mixing.select import Select, corpus_digests
 from pipeline import images, storage
-from pipeline.ingest import FOLDER as IMAGES
 from pipeline.originals import read_original
 from pipeline.receipts import Counts
 from pipeline.recipe import Recipe
+from pipeline.records import IMAGES
 from pipeline.stage import Output, WorkItem, dataset_url, finished_shards
 from pipeline.tars import TarWriter
 

@@ -3,10 +3,10 @@
 from rich import box
 from rich.table import Table
 
-from pipeline.ingest import FOLDER as IMAGES
 from pipeline.progress import reasons_text
 from pipeline.receipts import Counts
 from pipeline.recipe import Recipe
+from pipeline.records import IMAGES
 from pipeline.stage import read_summary
 
 

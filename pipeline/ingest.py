@@ -22,12 +22,10 @@ from pipeline.images import Limits
 from pipeline.reasons import PictureError, RejectReason
 from pipeline.receipts import Counts
 from pipeline.recipe import Dataset, Recipe
-from pipeline.records import INDEX, REJECTED, key_of
+from pipeline.records import IMAGES, INDEX, REJECTED, key_of
 from pipeline.run import run_stage
 from pipeline.stage import Output, WorkItem
 from pipeline.tars import TarWriter
-
-FOLDER = "images"
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Ingest:
     limits: Limits
     name: str = "ingest"
     version: int = 1
-    folder: str = FOLDER
+    folder: str = IMAGES
     resource_hints: Mapping[str, str] = field(default_factory=dict)
 
     def config(self, dataset: str) -> Mapping[str, Any]:

@@ -95,7 +95,8 @@ def print_counts(title: str, counts: Mapping[str, Counts]) -> None:
     if len(counts) == 1:
         ((dataset, count),) = counts.items()
         text = f"{count.records_in:,} in, {count.records_out:,} out"
-        console.print(f"{title}, {dataset}: {text} {reasons_text(count, ', ')}", soft_wrap=True)
+        line = f"{title}, {dataset}: {text} {reasons_text(count, ', ')}".rstrip()
+        console.print(line, soft_wrap=True)
         return
     console.print(counts_table(title, {**counts, "all": total(counts.values())}))
 

@@ -9,6 +9,9 @@ import hashlib
 
 import pyarrow as pa
 
+IMAGES = "images"
+"""The folder below R with the pictures and their index, on which all other families align."""
+
 INDEX = pa.schema(
     [
         ("key", pa.string()),
