@@ -14,7 +14,7 @@ demo: $(DEMO)/installed
 	$(DEMO)/bin/python -m demo.run
 
 test: $(TEST)/installed
-	$(TEST)/bin/python -m pytest -n 2 --dist loadfile
+	$(TEST)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 $(DEMO)/installed: setup.py constraints.txt
 	$(PYTHON) -m venv --clear $(DEMO)

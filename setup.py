@@ -41,7 +41,7 @@ EXTRAS = {
         "gcp-storage-emulator",
         "mypy>=1.15",
         "pytest>=8.3",
-        "pytest-xdist>=3.6",
+        "pytest-xdist>=3.8",
         "ruff>=0.11",
         "webdataset>=1.0",
     ],

@@ -1,3 +1,18 @@
-"""What every test may ask for: an object store of its own (`gcs_bucket`)."""
+"""What every test may ask for (an object store of its own, `gcs_bucket`), and the order of files."""
+
+import pytest
 
 pytest_plugins = ["tests.gcs"]
+
+SLOWEST_FIRST = ["test_vllm_engine", "test_demo", "test_build", "test_train_loop"]
+"""Begun last, one of these would leave the other test process idle for minutes."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the slowest files first; the others stay in order."""
+
+    def rank(item: pytest.Item) -> int:
+        name = item.path.stem
+        return SLOWEST_FIRST.index(name) if name in SLOWEST_FIRST else len(SLOWEST_FIRST)
+
+    items.sort(key=rank)

@@ -236,7 +236,10 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 60) -> None:
         time.sleep(0.05)
 
 
-def test_sigterm_writes_a_checkpoint_and_ends(mixture: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_writes_a_checkpoint_and_ends(
+    mixture: str, tmp_path: Path, number: signal.Signals
+) -> None:
     config = configuration(mixture, tmp_path / "run", steps=1_000_000)
     path = tmp_path / "train.toml"
     path.write_text(
@@ -258,7 +261,7 @@ def test_sigterm_writes_a_checkpoint_and_ends(mixture: str, tmp_path: Path) -> N
     run = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent.parent)
     log = tmp_path / "run/loss.jsonl"
     wait_for(lambda: log.exists() and log.stat().st_size > 0)
-    run.send_signal(signal.SIGTERM)
-    assert run.wait(timeout=60) == 128 + signal.SIGTERM
+    run.send_signal(number)
+    assert run.wait(timeout=60) == 128 + number
     step, _, _ = load_averaged(config.output)
     assert step > 0

@@ -22,13 +22,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="output of a run")
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompts", metavar="FILE", help="text file with one prompt a line")
-    prompts.add_argument("--prompt", nargs="+", metavar="TEXT")
+    prompts.add_argument("--prompt", nargs="+", metavar="TEXT", help="one or more prompts")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the pictures")
-    parser.add_argument("--guidance", type=float, default=DEFAULTS.guidance, help="1 is none")
-    parser.add_argument("--rescale", type=float, default=DEFAULTS.rescale, help="0 to 1")
-    parser.add_argument("--steps", type=int, default=DEFAULTS.steps)
-    parser.add_argument("--shift", type=float, default=DEFAULTS.shift, help="below 1: more noise")
-    parser.add_argument("--seed", type=int, default=DEFAULTS.seed)
+    parser.add_argument(
+        "--guidance", type=float, default=DEFAULTS.guidance, help="1 is none (%(default)s)"
+    )
+    parser.add_argument(
+        "--rescale", type=float, default=DEFAULTS.rescale, help="0 to 1 (%(default)s)"
+    )
+    parser.add_argument("--steps", type=int, default=DEFAULTS.steps, help="Euler (%(default)s)")
+    shift_help = "of times; below 1: more steps near the noise (%(default)s)"
+    parser.add_argument("--shift", type=float, default=DEFAULTS.shift, help=shift_help)
+    parser.add_argument("--seed", type=int, default=DEFAULTS.seed, help="of noise (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,8 +8,6 @@ from types import FrameType
 from train.config import load_config
 from train.loop import train
 
-STOPPED_BY_SIGNAL = 128 + signal.SIGTERM
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
@@ -20,18 +18,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; SIGTERM and Ctrl-C end the run after a checkpoint."""
+    """Train; SIGTERM and Ctrl-C end the run after a checkpoint, a second one at once.
+
+    Returns 128 + the signal's number if the run was stopped by one.
+    """
     config = load_config(args.config, mixture=args.mixture, output=args.output, steps=args.steps)
     stop = threading.Event()
+    received = 0
 
-    def on_signal(_number: int, _frame: FrameType | None) -> None:
+    def on_signal(number: int, _frame: FrameType | None) -> None:
+        nonlocal received
+        received = number
         stop.set()
+        signal.signal(number, signal.SIG_DFL)
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
     evaluations = train(config, stop)
     if evaluations is None:
-        return STOPPED_BY_SIGNAL
+        return 128 + received
     for name, held_out in evaluations.items():
         print(
             f"held out, {name}: {held_out.num_samples} pictures, loss {held_out.loss:.4f}, "
