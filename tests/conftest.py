@@ -1,4 +1,4 @@
-"""What every test may ask for (an object store of its own, `gcs_bucket`), and the order of files."""
+"""What every test may ask for (an object store of its own), and the order of the test files."""
 
 import pytest
 
