@@ -7,13 +7,13 @@ from functools import lru_cache
 from typing import Any
 
 from captioning import prompts
-from captioning.tables import caption_output, read_index
+from captioning.tables import caption_output
 from captioning.vllm_engine import Caption, CaptionRequest, EngineConfig, Sampling, VllmEngine
 from pipeline import images, originals, storage
 from pipeline.originals import read_original
 from pipeline.recipe import VllmCaptions
 from pipeline.records import IMAGES, uniform_hash
-from pipeline.stage import Output, WorkItem, dataset_url
+from pipeline.stage import Output, WorkItem, dataset_url, read_shard
 
 CAPTIONER_SHORT_EDGE_PX = 512
 """The captioner sees the shorter edge brought down to this, never up, and cropped square (i1)."""
@@ -58,7 +58,8 @@ class VllmCaptioning:
 
     def process(self, item: WorkItem) -> Output:
         """Caption the pictures of one image shard."""
-        index = read_index(self.root, item, originals.COLUMNS)
+        table = read_shard(self.root, IMAGES, item.dataset, item.shard, originals.COLUMNS)
+        index = table.to_pylist()
         settings = self.settings
         engine = _engine(
             settings.model,

@@ -6,9 +6,10 @@ from typing import Any
 
 from captioning import prompts
 from captioning.outcomes import CaptionOutcome
-from captioning.tables import caption_output, read_index
+from captioning.tables import caption_output
 from pipeline.recipe import SourceCaptions
-from pipeline.stage import Output, WorkItem
+from pipeline.records import IMAGES
+from pipeline.stage import Output, WorkItem, read_shard
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class SourceCaptioning:
         """Write the captions of one image shard."""
         template = self._template(item.dataset)
         rows = []
-        for picture in read_index(self.root, item, ["key", "text"]):
+        index = read_shard(self.root, IMAGES, item.dataset, item.shard, ["key", "text"])
+        for picture in index.to_pylist():
             text = (picture["text"] or "").strip()
             caption: dict[str, Any] = {"text": None, "outcome": CaptionOutcome.SOURCE_MISSING}
             if text:

@@ -7,10 +7,8 @@ from typing import Any
 import pyarrow as pa
 
 from captioning.outcomes import USABLE, CaptionOutcome
-from pipeline import storage
 from pipeline.receipts import Counts
-from pipeline.records import IMAGES
-from pipeline.stage import Output, WorkItem, dataset_url
+from pipeline.stage import Output
 
 CAPTIONS = pa.schema(
     [
@@ -36,13 +34,6 @@ CAPTIONS = pa.schema(
     ]
 )
 """The captions of one picture; what concerns only a model is null for engine `source`."""
-
-
-def read_index(root: str, item: WorkItem, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """Read columns of the image index of an item's shard."""
-    url = storage.join(dataset_url(root, IMAGES, item.dataset), f"{item.shard}.parquet")
-    rows: list[dict[str, Any]] = storage.read_parquet(url, columns).to_pylist()
-    return rows
 
 
 def caption_output(rows: Sequence[Mapping[str, Any]]) -> Output:

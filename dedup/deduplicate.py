@@ -41,7 +41,7 @@ from pipeline.receipts import Counts, difference, fingerprint, read_receipt
 from pipeline.recipe import Recipe
 from pipeline.records import IMAGES
 from pipeline.run import run_stage
-from pipeline.stage import Output, Stage, WorkItem, finished_shards
+from pipeline.stage import Output, Stage, WorkItem, finished_shards, read_shard
 
 CLUSTERS, PAIRS_FOUND, REMOVALS_CHOSEN = "_clusters", "_pairs", "_removals"
 _ALL = "all"
@@ -232,8 +232,8 @@ class Deduplicate:
 
     def process(self, item: WorkItem) -> Output:
         """Write what became of each picture of a shard."""
-        index_url = storage.join(self.root, IMAGES, item.dataset, f"{item.shard}.parquet")
-        keys = storage.read_parquet(index_url, ["key"])["key"].to_pylist()
+        index = read_shard(self.root, IMAGES, item.dataset, item.shard, ["key"])
+        keys = index["key"].to_pylist()
         table = storage.read_parquet(item.payload["removals"])
         here = (pc.field("dataset") == item.dataset) & (pc.field("shard") == item.shard)
         kept = {"duplicate_of": None, "similarity": None, "rule": None}

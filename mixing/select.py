@@ -13,13 +13,12 @@ from typing import Any
 import pyarrow as pa
 
 from captioning.outcomes import USABLE
-from pipeline import storage
 from pipeline.errors import EvenmixError
 from pipeline.reasons import RejectReason
 from pipeline.receipts import Counts, fingerprint
 from pipeline.recipe import Recipe
 from pipeline.records import IMAGES, uniform_hash
-from pipeline.stage import Output, WorkItem, dataset_url, finished_shards
+from pipeline.stage import Output, WorkItem, finished_shards, read_shard
 
 SHARD = "selected"
 _HASH_RANGE = 1 << 64
@@ -132,8 +131,9 @@ class Select:
     def _read(
         self, folder: str, dataset: str, shard: str, columns: Sequence[str]
     ) -> list[dict[str, Any]]:
-        url = storage.join(dataset_url(self.root, folder, dataset), f"{shard}.parquet")
-        rows: list[dict[str, Any]] = storage.read_parquet(url, columns).to_pylist()
+        rows: list[dict[str, Any]] = read_shard(
+            self.root, folder, dataset, shard, columns
+        ).to_pylist()
         return rows
 
     def _choose(self, candidates: Sequence[Candidate]) -> list[dict[str, Any]]:

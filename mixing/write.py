@@ -18,7 +18,7 @@ from pipeline.originals import read_original
 from pipeline.receipts import Counts
 from pipeline.recipe import Recipe
 from pipeline.records import IMAGES
-from pipeline.stage import Output, WorkItem, dataset_url, finished_shards
+from pipeline.stage import Output, WorkItem, dataset_url, finished_shards, read_shard
 from pipeline.tars import TarWriter
 
 _THREADS = 8
@@ -67,8 +67,7 @@ class Write:
         return items
 
     def _selection(self, dataset: str, columns: Sequence[str] | None = None) -> pa.Table:
-        folder = dataset_url(self.root, Select(self.recipe).folder, dataset)
-        return storage.read_parquet(storage.join(folder, f"{SELECTED}.parquet"), columns)
+        return read_shard(self.root, Select(self.recipe).folder, dataset, SELECTED, columns)
 
     def process(self, item: WorkItem) -> Output:
         """Write one shard of samples."""
@@ -114,8 +113,8 @@ class Write:
     def _take(
         self, folder: str, dataset: str, shard: str, rows: Sequence[int]
     ) -> list[dict[str, Any]]:
-        url = storage.join(dataset_url(self.root, folder, dataset), f"{shard}.parquet")
-        taken: list[dict[str, Any]] = storage.read_parquet(url).take(rows).to_pylist()
+        table = read_shard(self.root, folder, dataset, shard)
+        taken: list[dict[str, Any]] = table.take(rows).to_pylist()
         return taken
 
     def _sample(self, dataset: str, picture: Mapping[str, Any]) -> tuple[bytes, dict[str, Any]]:

@@ -144,6 +144,14 @@ def finished_shards(root: str, folder: str, dataset: str, command: str) -> dict[
     return {shard: item["digest"] for shard, item in summary.items.items()}
 
 
+def read_shard(
+    root: str, folder: str, dataset: str, shard: str, columns: Sequence[str] | None = None
+) -> pa.Table:
+    """Read the table that a stage published for one shard."""
+    url = storage.join(dataset_url(root, folder, dataset), f"{shard}.parquet")
+    return storage.read_parquet(url, columns)
+
+
 @dataclass(frozen=True)
 class Plan:
     """The items of a stage, split into those with a commit and those that remain."""
