@@ -14,6 +14,20 @@ class RejectReason(StrEnum):
     TRUNCATED_ARCHIVE = "truncated_archive"  # the file that holds the records ends too early
     BAD_RECORD = "bad_record"  # a record that cannot be read: no id, a wrong type, broken JSON
     MISSING_PICTURE = "missing_picture"  # a record without a picture
+    EXCLUDED = "excluded"  # on the recipe's list of pictures to leave out
+
+    # The download (pipeline.fetch); those that may pass are tried again.
+    BAD_URL = "bad_url"  # not http or https, or no URL at all
+    PRIVATE_ADDRESS = "private_address"  # leads to an address that is not public
+    UNKNOWN_HOST = "unknown_host"  # the name has no address
+    CONNECTION_FAILED = "connection_failed"  # refused, reset, no TLS, or the body ended too early
+    TIMEOUT = "timeout"  # not there before the deadline
+    TOO_MANY_REDIRECTS = "too_many_redirects"
+    HTTP_ERROR = "http_error"  # a status that will not change: 404, 410, 403
+    UNAVAILABLE = "unavailable"  # a status that may: 429, 5xx
+    BAD_RESPONSE = "bad_response"  # not the HTTP that was asked for
+    OPTED_OUT = "opted_out"  # X-Robots-Tag forbids this use
+    PLACEHOLDER = "placeholder"  # "this picture was removed", or a file too small to be one
 
     # The picture's bytes (pipeline.images).
     EMPTY_FILE = "empty_file"  # zero bytes
