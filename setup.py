@@ -22,7 +22,12 @@ CORE = [
     "rich>=14.0",
 ]
 EXTRAS = {
-    "pipeline": ["apache-beam>=2.76", "psutil>=6.0"],
+    "pipeline": [
+        "aiohttp>=3.13",
+        "apache-beam>=2.76",
+        "huggingface_hub>=2.4",
+        "psutil>=6.0",
+    ],
     "gcs": ["gcsfs>=2026.2"],
     "gcp": ["apache-beam[gcp]>=2.76", "gcsfs>=2026.2"],
     "dedup": ["faiss-cpu>=1.10", "onnxruntime>=1.20"],
@@ -55,7 +60,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["pipeline", "captioning", "dedup", "mixing", "train"],
+    packages=["pipeline", "pipeline.readers", "captioning", "dedup", "mixing", "train"],
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["evenmix = pipeline.cli:main"]},

@@ -28,6 +28,17 @@ def load_toml(url: str, model: type[Model], overrides: Mapping[str, Any]) -> Mod
         document = tomllib.loads(storage.read_bytes(url).decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise EvenmixError(f"{url} is not TOML: {error}") from error
+    return configure(url, document, model, overrides)
+
+
+def configure(
+    place: str, document: dict[str, Any], model: type[Model], overrides: Mapping[str, Any]
+) -> Model:
+    """Check a configuration that is parsed already; ``place`` names it in the errors.
+
+    Raises:
+        EvenmixError: as :func:`load_toml`.
+    """
     for name, value in overrides.items():
         if value is not None:
             *tables, key = name.split(".")
@@ -35,19 +46,14 @@ def load_toml(url: str, model: type[Model], overrides: Mapping[str, Any]) -> Mod
             for table in tables:
                 section = section.setdefault(table, {})
                 if not isinstance(section, dict):
-                    raise EvenmixError(f"{url}: {table} is a value, but must be a table")
+                    raise EvenmixError(f"{place}: {table} is a value, but must be a table")
             section[key] = value
-    return _check(url, document, model)
-
-
-def _check(url: str, document: dict[str, Any], model: type[Model]) -> Model:
-    """Check a parsed configuration against a model; ``url`` names it in the errors."""
     try:
         return model.model_validate(document)
     except ValidationError as error:
         lines = [f"  {_describe(details, model)}" for details in error.errors()]
         count = f"{len(lines)} mistake" + ("s" if len(lines) > 1 else "")
-        raise EvenmixError("\n".join([f"{url} has {count}:", *lines])) from error
+        raise EvenmixError("\n".join([f"{place} has {count}:", *lines])) from error
 
 
 def _describe(details: ErrorDetails, model: type[BaseModel]) -> str:

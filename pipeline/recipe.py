@@ -3,12 +3,23 @@
 Every stage reads its own part. The file is checked as a whole before any work.
 """
 
+import difflib
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    field_validator,
+    model_validator,
+)
 
+from pipeline.catalog import CATALOG
 from pipeline.config_file import load_toml
+from pipeline.dataset import Dataset
 
 DEFAULT_CAPTIONER = "Qwen/Qwen3-VL-30B-A3B-Instruct-FP8"
 
@@ -40,42 +51,42 @@ def _root(url: str) -> str:
 Root = Annotated[str, AfterValidator(_root)]
 
 
-class Dataset(_Section):
-    """Where a dataset's records are, how to read one, and what counts as its duplicate.
-
-    ``source`` is a folder (layout ``folder``) or a file or glob pattern (``parquet``,
-    ``webdataset``), at any fsspec URL. ``id_field``, ``text_field``, ``url_field`` and
-    ``extra_fields`` name columns of a Parquet file or keys of a WebDataset sample's JSON.
-    ``duplicates`` is ``near`` (copies by descriptor, at cosine ``threshold``) or ``exact`` (equal
-    bytes or pixels only): pictures of text and plain graphics look alike to a copy detector and
-    want ``exact``.
-    """
-
-    layout: Literal["folder", "parquet", "webdataset"]
-    source: str
-    licence: str
-    id_field: str | None = None
-    text_field: str | None = None
-    image_field: str = "image"
-    url_field: str | None = None
-    extra_fields: list[str] = []
-    duplicates: Literal["near", "exact"] = "near"
-    threshold: Annotated[float, Field(gt=0, le=1)] = 0.75
-
-    @model_validator(mode="after")
-    def _parquet_needs_fields(self) -> "Dataset":
-        if self.layout == "parquet" and self.id_field is None:
-            raise ValueError("a dataset of layout 'parquet' needs id_field, the column of its ids")
-        return self
-
-
 class Images(_Section):
-    """Limits for pictures to be kept, and the size of shards (records, before rejections)."""
+    """Limits for pictures to be kept, and the size of shards, before rejections.
+
+    A shard takes its records from a range of at most ``bytes_per_shard`` bytes of a tar, from
+    ``records_per_shard`` records of any other source.
+    """
 
     min_short_edge_px: Annotated[int, Field(ge=1)] = 256
     max_pixels: Annotated[int, Field(ge=1)] = 178_956_970
     max_bytes: Annotated[int, Field(ge=1)] = 100_000_000
     records_per_shard: Annotated[int, Field(ge=1)] = 512
+    bytes_per_shard: Annotated[int, Field(ge=1)] = 256 << 20
+
+
+class Fetch(_Section):
+    """How pictures are downloaded.
+
+    ``timeout_s`` is one deadline for a whole attempt: name lookup, connection, redirects and body.
+    Between attempts ``backoff_s`` seconds pass, doubling and with jitter; a server that asks for
+    more than ``max_wait_s`` is left for `evenmix ingest --retry`. ``concurrency`` requests are in
+    flight in a worker process, ``per_host`` of them to one host. Pictures whose X-Robots-Tag
+    header has one of the ``opt_out`` directives are not taken. A run stops if no server at all
+    can be reached for the pictures of a shard, unless ``stop_when_unreachable`` is false.
+    """
+
+    timeout_s: Annotated[float, Field(gt=0)] = 20.0
+    attempts: Annotated[int, Field(ge=1)] = 3
+    backoff_s: Annotated[float, Field(ge=0)] = 1.0
+    max_wait_s: Annotated[float, Field(ge=0)] = 60.0
+    concurrency: Annotated[int, Field(ge=1)] = 64
+    per_host: Annotated[int, Field(ge=1)] = 8
+    max_redirects: Annotated[int, Field(ge=0)] = 5
+    user_agent: str = "evenmix/0.1.0 (text-to-image corpus builder)"
+    opt_out: list[str] = ["noai", "noimageai"]
+    allow_private_addresses: bool = False
+    stop_when_unreachable: bool = True
 
 
 class Dedup(_Section):
@@ -141,13 +152,48 @@ class Mixture(_Section):
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
-class Recipe(_Section):
-    """A whole build. ``root`` holds the corpus; relative paths are as seen by the command."""
+class Corpus(_Section):
+    """What ingest needs. ``root`` holds the corpus; relative paths are as seen by the command.
+
+    A dataset with ``catalog = "NAME"`` is that of the catalogue, but for the keys that are given
+    beside it. ``exclusions`` is a list of pictures to leave out (:mod:`pipeline.exclusions`).
+    """
 
     root: Root
-    seed: int = 0
     datasets: dict[Name, Dataset]
+    exclusions: str | None = None
     images: Images = Images()
+    fetch: Fetch = Fetch()
+
+    @field_validator("datasets", mode="before")
+    @classmethod
+    def _from_the_catalogue(cls, datasets: Any) -> Any:
+        if not isinstance(datasets, dict):
+            return datasets
+        return {name: _catalogued(given) for name, given in datasets.items()}
+
+
+def _catalogued(given: Any) -> Any:
+    """Complete what a recipe says of a dataset with what the catalogue knows of it."""
+    if not isinstance(given, dict) or "catalog" not in given:
+        return given
+    changes = {key: value for key, value in given.items() if key != "catalog"}
+    known = CATALOG.get(given["catalog"])
+    if known is None:
+        close = difflib.get_close_matches(str(given["catalog"]), CATALOG, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "`evenmix datasets` lists them"
+        raise ValueError(f"the catalogue has no {given['catalog']!r}; {hint}")
+    entry = known.dataset.model_dump(exclude_unset=True)
+    if "source" in changes:
+        # The catalogue's revision is one of its own source.
+        entry.pop("revision", None)
+    return entry | changes
+
+
+class Recipe(Corpus):
+    """A whole build: the corpus, its duplicates and captions, and a mixture of it."""
+
+    seed: int = 0
     dedup: Dedup = Dedup()
     captions: dict[Name, Captions]
     mixture: Mixture

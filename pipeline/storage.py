@@ -5,15 +5,17 @@ all, and only if that name was free, so that of two attempts at the same work on
 other learns of it.
 """
 
+import io
 import os
 import re
 import uuid
 from base64 import b64decode
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 import pyarrow as pa
@@ -21,11 +23,14 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import EvenmixError
+from pipeline.stores import ask, is_absence, no_ranges
 
 TEMPORARY_PREFIX = ".temporary-"
 """Begins the name of every file that is of no use once the work of its folder is published."""
 
 _UPLOAD_CHUNK_BYTES = 8 << 20
+_BUFFER_BYTES = 4 << 20
+_WHOLE_ROW_GROUP_BYTES = 32 << 20
 _WILDCARD = re.compile(r"[*?\[]")
 
 
@@ -33,13 +38,14 @@ _WILDCARD = re.compile(r"[*?\[]")
 class FileInfo:
     """A file in a listing: its full URL, its path relative to the listed folder, its size.
 
-    ``crc32c`` (hex) is there where the store keeps one, as GCS does.
+    ``version`` is what the store itself says of the content: ``crc32c:`` (hex, GCS), ``sha256:`` or
+    ``git:`` (a blob's id, Hugging Face), ``etag:`` (http, S3). Local files have None.
     """
 
     url: str
     name: str
     num_bytes: int
-    crc32c: str | None
+    version: str | None
 
 
 def join(url: str, *parts: str) -> str:
@@ -63,6 +69,9 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 def _filesystem_options(url: str) -> dict[str, Any]:
+    if url.startswith(("http:", "https:")):
+        # Sizes and ranges are of the plain bytes.
+        return {"use_listings_cache": False, "headers": {"Accept-Encoding": "identity"}}
     return {"use_listings_cache": False} if "://" in url and not url.startswith("file:") else {}
 
 
@@ -163,24 +172,21 @@ def remove(url: str) -> None:
 def exists(url: str) -> bool:
     """Tell whether a file or folder exists."""
     fs, path = filesystem(url)
-    return bool(fs.exists(path))
+    return bool(ask(url, lambda: fs.exists(path)))
 
 
 def read_bytes(url: str, offset: int = 0, length: int | None = None) -> bytes:
     """Read a file, or ``length`` bytes of it from ``offset``.
 
     Raises:
-        EvenmixError: the file does not exist, cannot be read, or ends before ``offset + length``.
+        EvenmixError: the file does not exist, cannot be read (also after further attempts, where
+            they may help), or ends before ``offset + length``.
     """
     fs, path = filesystem(url)
-    end = None if length is None else offset + length
-    try:
-        data: bytes = fs.cat_file(path, start=offset, end=end)
-    except FileNotFoundError as error:
-        raise EvenmixError(f"{url} does not exist") from error
-    except OSError as error:
-        raise EvenmixError(f"{url} cannot be read: {error}") from error
-    if length is not None and len(data) != length:
+    if length is None:
+        return bytes(ask(url, lambda: fs.cat_file(path, start=offset)))
+    data = ask(url, lambda: _read_range(fs, path, offset, length))
+    if len(data) != length:
         raise EvenmixError(
             f"{url} is shorter than expected: {length} bytes asked for at {offset}, "
             f"{len(data)} there. The file is damaged; `evenmix verify` tells more."
@@ -188,14 +194,94 @@ def read_bytes(url: str, offset: int = 0, length: int | None = None) -> bytes:
     return data
 
 
-def list_files(url: str) -> list[FileInfo]:
-    """List all files below a folder, sorted by name; a folder that does not exist is empty."""
+def _read_range(fs: fsspec.AbstractFileSystem, path: str, offset: int, length: int) -> bytes:
+    # Told the size, no library asks the store for it first; and unlike cat_file, which would take
+    # the whole file, this notices that an HTTP server ignores ranges.
+    with fs.open(path, "rb", cache_type="none", size=offset + length) as file:
+        file.seek(offset)
+        return bytes(file.read(length))
+
+
+def size_of(url: str) -> int:
+    """Return the size of a file in bytes.
+
+    Raises:
+        EvenmixError: it does not exist or is out of reach, or its server does not tell the size.
+    """
     fs, path = filesystem(url)
-    try:
-        found: dict[str, dict[str, Any]] = fs.find(path, detail=True)
-    except FileNotFoundError:
-        return []
-    return _file_infos(url, path, found)
+    return _known_size(url, ask(url, lambda: fs.info(path)))
+
+
+def open_file(
+    url: str, num_bytes: int | None = None, buffer_bytes: int = _BUFFER_BYTES
+) -> BinaryIO:
+    """Open a file of ``num_bytes`` bytes (None: ask the store) for reading from any place.
+
+    At least ``buffer_bytes`` are asked for at once. Reading raises what :func:`read_bytes` raises.
+    """
+    size = size_of(url) if num_bytes is None else num_bytes
+    return open_ranges(partial(read_bytes, url), size, buffer_bytes)
+
+
+def open_ranges(
+    read: Callable[[int, int], bytes], num_bytes: int, buffer_bytes: int = _BUFFER_BYTES
+) -> BinaryIO:
+    """Make a file of a function that returns its bytes by offset and length."""
+    return io.BufferedReader(_Ranges(read, num_bytes), buffer_bytes)
+
+
+class _Ranges(io.RawIOBase):
+    """A read-only file that asks for the range of each read."""
+
+    def __init__(self, read: Callable[[int, int], bytes], num_bytes: int) -> None:
+        self._read, self._num_bytes, self._position = read, num_bytes, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._num_bytes}
+        if base[whence] + offset < 0:
+            raise ValueError(f"seek to {base[whence] + offset}")
+        self._position = base[whence] + offset
+        return self._position
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(0, self._num_bytes - self._position)
+        length = left if size is None or size < 0 else min(size, left)
+        data = self._read(self._position, length) if length else b""
+        self._position += length
+        return data
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def list_files(url: str) -> list[FileInfo]:
+    """List all files below a folder, sorted by name; a folder that does not exist is empty.
+
+    Raises:
+        EvenmixError: the store is out of reach or does not let us list it.
+    """
+    fs, path = filesystem(url)
+
+    def find() -> dict[str, dict[str, Any]]:
+        try:
+            return dict(fs.find(path, detail=True))
+        except FileNotFoundError as error:
+            if is_absence(error):
+                return {}
+            raise
+
+    return _file_infos(fs, url, path, ask(url, find))
 
 
 def glob_files(pattern: str) -> list[FileInfo]:
@@ -203,26 +289,61 @@ def glob_files(pattern: str) -> list[FileInfo]:
 
     Names are relative to the last folder before the first wildcard (``*``, ``?``, ``[``). A pattern
     without one is a single file.
+
+    Raises:
+        EvenmixError: the store is out of reach or does not let us list it.
     """
     fs, path = filesystem(pattern)
-    found = {
-        name: info for name, info in fs.glob(path, detail=True).items() if info["type"] == "file"
-    }
+
+    def find() -> dict[str, dict[str, Any]]:
+        if not ("http" in fs.protocol and "*" not in path and "[" not in path):
+            return dict(fs.glob(path, detail=True))
+        try:
+            # Its glob takes a server out of reach for a file that is not there.
+            return {path: fs.info(path)}
+        except FileNotFoundError as error:
+            if is_absence(error):
+                return {}
+            raise
+
+    found = {name: info for name, info in ask(pattern, find).items() if info["type"] == "file"}
     folder, slash, _ = _WILDCARD.split(pattern, 1)[0].rpartition("/")
     return _file_infos(
-        folder or slash or ".", _WILDCARD.split(path, 1)[0].rpartition("/")[0], found
+        fs, folder or slash or ".", _WILDCARD.split(path, 1)[0].rpartition("/")[0], found
     )
 
 
-def _file_infos(url: str, path: str, found: dict[str, dict[str, Any]]) -> list[FileInfo]:
+def _file_infos(
+    fs: fsspec.AbstractFileSystem, url: str, path: str, found: dict[str, dict[str, Any]]
+) -> list[FileInfo]:
     root = path.rstrip("/")
     files = []
-    for path_found, info in found.items():
+    for path_found, listed in found.items():
         if path_found.startswith(root + "/"):
             name = path_found[len(root) + 1 :]
-            crc32c = b64decode(info["crc32c"]).hex() if "crc32c" in info else None
-            files.append(FileInfo(join(url, name), name, int(info["size"]), crc32c))
+            file_url = join(url, name)
+            info = listed
+            if listed["size"] is None:  # as links on a web page are
+                info = ask(file_url, partial(fs.info, path_found))
+            files.append(FileInfo(file_url, name, _known_size(file_url, info), _version(info)))
     return sorted(files, key=lambda file: file.name)
+
+
+def _known_size(url: str, info: dict[str, Any]) -> int:
+    if info["size"] is None or not info.get("partial", True):
+        raise EvenmixError(no_ranges(url))
+    return int(info["size"])
+
+
+def _version(info: dict[str, Any]) -> str | None:
+    """Return what a store says of a file's content, in the words of :class:`FileInfo`."""
+    if "crc32c" in info:
+        return f"crc32c:{b64decode(info['crc32c']).hex()}"
+    if info.get("lfs"):
+        return f"sha256:{info['lfs']['sha256']}"
+    if info.get("blob_id"):
+        return f"git:{info['blob_id']}"
+    return f"etag:{info['ETag']}" if info.get("ETag") else None
 
 
 def sweep(url: str) -> None:
@@ -272,20 +393,24 @@ def parquet_metadata(url: str) -> dict[str, str]:
 
 
 @contextmanager
-def open_parquet(url: str) -> Iterator[pq.ParquetFile]:
-    """Open a Parquet file for reading; only its footer is fetched.
+def open_parquet(url: str, num_bytes: int | None = None) -> Iterator[pq.ParquetFile]:
+    """Open a Parquet file of ``num_bytes`` bytes (None: ask the store); its footer is fetched.
+
+    Large row groups are then read in steps, a few MiB of each column at a time.
 
     Raises:
         EvenmixError: the file is missing or is not Parquet.
     """
-    fs, path = filesystem(url)
-    with ExitStack() as opened:
+    size = size_of(url) if num_bytes is None else num_bytes
+    with _Ranges(partial(read_bytes, url), size) as source:
         try:
-            # ParquetFile does not close a file that it is given.
-            file = pq.ParquetFile(opened.enter_context(fs.open(path, "rb")))
+            file = pq.ParquetFile(source)
             _ = file.schema_arrow.names  # decodes them: they may be no UTF-8
-        except FileNotFoundError as error:
-            raise EvenmixError(f"{url} does not exist") from error
+            groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+            if any(group.total_byte_size > _WHOLE_ROW_GROUP_BYTES for group in groups):
+                file = pq.ParquetFile(
+                    source, metadata=file.metadata, pre_buffer=False, buffer_size=_BUFFER_BYTES
+                )
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise EvenmixError(
                 f"{url} cannot be read as Parquet ({error}); fetch or write it again"
@@ -295,7 +420,6 @@ def open_parquet(url: str) -> Iterator[pq.ParquetFile]:
 
 def read_chunks(url: str, chunk_bytes: int = 1 << 22) -> Iterator[bytes]:
     """Stream a file in chunks, for checksums of files that may not fit into memory."""
-    fs, path = filesystem(url)
-    with fs.open(path, "rb") as file:
+    with open_file(url, buffer_bytes=chunk_bytes) as file:
         while chunk := file.read(chunk_bytes):
             yield chunk

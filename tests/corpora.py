@@ -29,7 +29,7 @@ records_per_shard = 8
 layout = "webdataset"
 source = "{sources}/shapes/*.tar"
 licence = "CC0 1.0"
-id_field = "id"
+id_rule = "{{id}}"
 text_field = "text"
 duplicates = "exact"
 [datasets.photographs]
@@ -40,7 +40,7 @@ licence = "public domain"
 layout = "parquet"
 source = "{sources}/lines/*.parquet"
 licence = "CC0 1.0"
-id_field = "id"
+id_rule = "{{id}}"
 text_field = "text"
 extra_fields = ["colour"]
 duplicates = "exact"

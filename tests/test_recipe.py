@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.catalog import CATALOG
+from pipeline.dataset import Dataset
 from pipeline.errors import EvenmixError
-from pipeline.recipe import Dataset, Recipe, SourceCaptions, VllmCaptions, load_recipe
+from pipeline.recipe import Recipe, SourceCaptions, VllmCaptions, load_recipe
 
 GOOD = """
 root = "corpus"
@@ -17,7 +19,7 @@ licence = "CC0 1.0"
 layout = "parquet"
 source = "dogs/*.parquet"
 licence = "CC0 1.0"
-id_field = "id"
+id_rule = "{id}"
 [captions.own]
 engine = "source"
 templates.cats = "A photo of {text}."
@@ -74,13 +76,15 @@ def test_all_mistakes_come_at_once_with_a_suggestion_for_each_unknown_key(tmp_pa
         f"{tmp_path}/recipe.toml has 8 mistakes:",
         "  datasets.cats.licence: Field required",
         "  datasets.cats.license: unknown key; did you mean 'licence'?",
-        "  datasets.dogs.layout: Input should be 'folder', 'parquet' or 'webdataset'",
+        "  datasets.dogs.layout: Input should be 'folder', 'parquet', 'webdataset', 'tar', "
+        "'url_list' or 'sqlite'",
         "  captions.own.source.template: unknown key; did you mean 'templates'?",
         "  mixture.resolution: Input should be a valid integer, unable to parse string as an "
         "integer",
         "  mixture.min_short_edge: unknown key; did you mean 'min_short_edge_px'?",
         "  sead: unknown key; did you mean 'seed'?",
-        "  zebra: unknown key; known are captions, datasets, dedup, images, mixture, root, seed",
+        "  zebra: unknown key; known are captions, datasets, dedup, exclusions, fetch, images, "
+        "mixture, root, seed",
     ]
 
 
@@ -111,7 +115,17 @@ def test_all_mistakes_come_at_once_with_a_suggestion_for_each_unknown_key(tmp_pa
             'captions = "own"\ndatasets = ["cats", "cats"]',
             "mixture.datasets names a dataset twice",
         ),
-        ('id_field = "id"', "", "layout 'parquet' needs id_field"),
+        ('id_rule = "{id}"', "", "layout 'parquet' needs id_rule"),
+        (
+            'id_rule = "{id}"',
+            'id_rule = "{id}"\npath_pattern = "("',
+            "'(' is no regular expression",
+        ),
+        (
+            "[datasets.cats]",
+            '[datasets.caps]\ncatalog = "redcap"\n[datasets.cats]',
+            "the catalogue has no 'redcap'; did you mean 'redcaps'?",
+        ),
         ("[datasets.cats]", '[datasets."../cats"]', "becomes a folder name"),
         ("resolution = 256", "resolution = 0", "mixture.resolution: Input should be greater than"),
         ('root = "corpus"', "root = 3", "root: Input should be a valid string"),
@@ -123,6 +137,18 @@ def test_all_mistakes_come_at_once_with_a_suggestion_for_each_unknown_key(tmp_pa
 def test_each_mistake_is_explained(tmp_path: Path, old: str, new: str, expected: str) -> None:
     assert old in GOOD
     assert expected in "\n".join(mistakes(tmp_path, GOOD.replace(old, new)))
+
+
+def test_a_dataset_of_the_catalogue_needs_only_its_name(tmp_path: Path) -> None:
+    changed = '[datasets.caps]\ncatalog = "redcaps"\nsource = "/data/*.zip"\nlicence = "own"\n'
+    text = '[datasets.reason]\ncatalog = "fluxreason"\n' + changed
+    recipe = load(tmp_path, GOOD.replace("[datasets.cats]", f"{text}[datasets.cats]"))
+    assert recipe.datasets["reason"] == CATALOG["fluxreason"].dataset
+    redcaps = CATALOG["redcaps"].dataset
+    # A revision belongs to the source that it was written down for.
+    changes = {"source": "/data/*.zip", "licence": "own", "revision": None}
+    assert redcaps.revision is not None
+    assert recipe.datasets["caps"] == redcaps.model_copy(update=changes)
 
 
 def test_a_recipe_that_is_no_toml_is_named(tmp_path: Path) -> None:
