@@ -13,7 +13,8 @@ from pipeline.errors import EvenmixError
 from pipeline.recipe import Recipe, SourceCaptions, VllmCaptions
 from pipeline.records import IMAGES
 from pipeline.run import run_stage
-from pipeline.stage import Stage, WorkItem, finished_shards
+from pipeline.stage import Stage, WorkItem
+from pipeline.summary import finished_shards
 
 
 def check(recipe: Recipe) -> None:

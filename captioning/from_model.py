@@ -13,7 +13,8 @@ from pipeline import images, originals, storage
 from pipeline.originals import read_original
 from pipeline.recipe import VllmCaptions
 from pipeline.records import IMAGES, uniform_hash
-from pipeline.stage import Output, WorkItem, dataset_url, read_shard
+from pipeline.stage import Output, WorkItem
+from pipeline.summary import dataset_url, read_shard
 
 CAPTIONER_SHORT_EDGE_PX = 512
 """The captioner sees the shorter edge brought down to this, never up, and cropped square (i1)."""

@@ -9,7 +9,8 @@ from captioning.outcomes import CaptionOutcome
 from captioning.tables import caption_output
 from pipeline.recipe import SourceCaptions
 from pipeline.records import IMAGES
-from pipeline.stage import Output, WorkItem, read_shard
+from pipeline.stage import Output, WorkItem
+from pipeline.summary import read_shard
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,8 @@ from pipeline.receipts import Counts, difference, fingerprint, read_receipt
 from pipeline.recipe import Recipe
 from pipeline.records import IMAGES
 from pipeline.run import run_stage
-from pipeline.stage import Output, Stage, WorkItem, finished_shards, read_shard
+from pipeline.stage import Output, Stage, WorkItem
+from pipeline.summary import finished_shards, read_shard
 
 CLUSTERS, PAIRS_FOUND, REMOVALS_CHOSEN = "_clusters", "_pairs", "_removals"
 _ALL = "all"

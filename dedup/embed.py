@@ -21,7 +21,8 @@ from pipeline.receipts import Counts
 from pipeline.recipe import Recipe
 from pipeline.records import IMAGES
 from pipeline.run import run_stage
-from pipeline.stage import Output, WorkItem, finished_shards
+from pipeline.stage import Output, WorkItem
+from pipeline.summary import finished_shards
 
 _BATCH_SIZE = 16
 """Enough for the model's full rate; one read of a tar brings as many pictures."""

@@ -15,7 +15,8 @@ from pipeline.progress import console, reasons_text
 from pipeline.receipts import Receipt
 from pipeline.recipe import Recipe
 from pipeline.run import run_stage
-from pipeline.stage import Summary, committed_receipts
+from pipeline.stage import committed_receipts
+from pipeline.summary import Summary
 
 
 def check(recipe: Recipe) -> None:

@@ -1,8 +1,9 @@
 """Which pictures of the corpus go into a mixture, and into which of its shards.
 
-A picture must be no duplicate, large enough and captioned; of those the recipe takes the ones with
-the smallest hash of (seed, key). So the choice is random, the same on every run, and a smaller
-mixture is a subset of a larger one. Every picture that is left out is counted under its reason.
+A picture must not be on the list of exclusions, nor a duplicate, and must be large enough and
+captioned; of those the recipe takes the ones with the smallest hash of (seed, key). So the choice
+is random, the same on every run, and a smaller mixture is a subset of a larger one. Every picture
+that is left out is counted under its reason.
 """
 
 from collections import Counter
@@ -14,14 +15,17 @@ import pyarrow as pa
 
 from captioning.outcomes import USABLE
 from pipeline.errors import EvenmixError
+from pipeline.exclusions import load_exclusions
 from pipeline.reasons import RejectReason
 from pipeline.receipts import Counts, fingerprint
 from pipeline.recipe import Recipe
 from pipeline.records import IMAGES, uniform_hash
-from pipeline.stage import Output, WorkItem, finished_shards, read_shard
+from pipeline.stage import Output, WorkItem
+from pipeline.summary import finished_shards, read_shard
 
 SHARD = "selected"
 _HASH_RANGE = 1 << 64
+_INDEX_COLUMNS = ["key", "width", "height", "source_url", "sha256", "pixels_sha256"]
 
 SELECTION = pa.schema(
     [
@@ -66,13 +70,16 @@ class Select:
     def config(self, dataset: str) -> Mapping[str, Any]:
         """Return what decides the choice."""
         mixture = self.recipe.mixture
-        return {
+        config: dict[str, Any] = {
             "seed": self.recipe.seed,
             "min_short_edge_px": min_short_edge_px(self.recipe),
             "images_per_dataset": mixture.images_per_dataset,
             "validation_fraction": mixture.validation_fraction,
             "samples_per_shard": mixture.samples_per_shard,
         }
+        if self.recipe.exclusions is not None:
+            config["exclusions"] = load_exclusions(self.recipe.exclusions).digest
+        return config
 
     def plan(self) -> list[WorkItem]:
         """Return one item a dataset, which needs all of its finished shards."""
@@ -101,7 +108,8 @@ class Select:
         )
 
     def _judge_shard(self, dataset: str, shard: str) -> list[tuple[Candidate, RejectReason | None]]:
-        index = self._read(IMAGES, dataset, shard, ["key", "width", "height"])
+        index = self._read(IMAGES, dataset, shard, _INDEX_COLUMNS)
+        exclusions = load_exclusions(self.recipe.exclusions)
         duplicates = self._read(
             f"duplicates/{self.recipe.dedup.name}", dataset, shard, ["key", "rule"]
         )
@@ -119,7 +127,10 @@ class Select:
                     "different pictures; `evenmix verify` tells which file is damaged"
                 )
             reason = None
-            if duplicate["rule"] is not None:
+            hashes = (picture["sha256"], picture["pixels_sha256"])
+            if exclusions.reason(picture["key"], (picture["source_url"],), hashes):
+                reason = RejectReason.EXCLUDED
+            elif duplicate["rule"] is not None:
                 reason = RejectReason(duplicate["rule"])
             elif min(picture["width"], picture["height"]) < least_px:
                 reason = RejectReason.TOO_SMALL

@@ -18,7 +18,8 @@ from pipeline.originals import read_original
 from pipeline.receipts import Counts
 from pipeline.recipe import Recipe
 from pipeline.records import IMAGES
-from pipeline.stage import Output, WorkItem, dataset_url, finished_shards, read_shard
+from pipeline.stage import Output, WorkItem
+from pipeline.summary import dataset_url, finished_shards, read_shard
 from pipeline.tars import TarWriter
 
 _THREADS = 8

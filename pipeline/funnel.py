@@ -7,7 +7,7 @@ from pipeline.progress import reasons_text
 from pipeline.receipts import Counts
 from pipeline.recipe import Recipe
 from pipeline.records import IMAGES
-from pipeline.stage import read_summary
+from pipeline.summary import read_summary
 
 
 def funnel_table(recipe: Recipe) -> Table:

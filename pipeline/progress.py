@@ -11,7 +11,8 @@ from rich.text import Text
 
 from pipeline import storage
 from pipeline.receipts import Counts, Receipt, read_receipt, total
-from pipeline.stage import Plan, Stage, committed_shards, dataset_url, shard_url
+from pipeline.stage import Plan, Stage, committed_shards, shard_url
+from pipeline.summary import dataset_url
 
 _LINE_EVERY_S = 15.0
 _POLL_TIME_SHARE = 0.05

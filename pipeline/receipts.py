@@ -25,26 +25,48 @@ METADATA_KEY = "evenmix.receipt"
 
 @dataclass(frozen=True)
 class Counts:
-    """Records that went in, came out, and were turned away, by reason."""
+    """Records that went in, came out, and were turned away, by reason.
+
+    ``retried`` are those among ``records_in`` that an earlier generation had turned away, by its
+    reason: all of them in the counts of a retry, none elsewhere.
+    """
 
     records_in: int = 0
     records_out: int = 0
     rejected: dict[str, int] = field(default_factory=dict)
+    retried: dict[str, int] = field(default_factory=dict)
 
     def is_conserved(self) -> bool:
         """Tell whether in = out + the sum of rejections."""
         return self.records_in == self.records_out + sum(self.rejected.values())
+
+    def without_retried(self) -> "Counts":
+        """Return the counts of all generations of a dataset with each record counted once.
+
+        A record that was tried again counts with what became of it in the end.
+        """
+        rejected = Counter(self.rejected)
+        rejected.subtract(self.retried)
+        return Counts(
+            self.records_in - sum(self.retried.values()),
+            self.records_out,
+            {reason: n for reason, n in sorted(rejected.items()) if n},
+        )
 
 
 def total(counts: Iterable[Counts]) -> Counts:
     """Add up counts, reason by reason."""
     records_in = records_out = 0
     rejected: Counter[str] = Counter()
+    retried: Counter[str] = Counter()
     for count in counts:
         records_in += count.records_in
         records_out += count.records_out
         rejected.update(count.rejected)
-    return Counts(records_in, records_out, dict(sorted(rejected.items())))
+        retried.update(count.retried)
+    return Counts(
+        records_in, records_out, dict(sorted(rejected.items())), dict(sorted(retried.items()))
+    )
 
 
 @dataclass(frozen=True)

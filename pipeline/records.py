@@ -12,10 +12,17 @@ import pyarrow as pa
 IMAGES = "images"
 """The folder below R with the pictures and their index, on which all other families align."""
 
+SOURCES = "sources"
+"""The folder below R with the mirrored sources."""
+
 INDEX = pa.schema(
     [
         ("key", pa.string()),
         ("source_id", pa.string()),
+        ("join_id", pa.string()),
+        ("join_ambiguous", pa.bool_()),
+        ("source", pa.string()),
+        ("revision", pa.string()),
         ("locator", pa.string()),
         ("source_url", pa.string()),
         ("licence", pa.string()),
@@ -30,21 +37,45 @@ INDEX = pa.schema(
         ("offset", pa.int64()),
     ]
 )
-"""One kept picture. ``width`` and ``height`` are as displayed (EXIF orientation applied), in
-pixels; ``text`` is the dataset's own text or null; ``fields`` is a JSON object of its further text
-fields; ``offset`` is where the picture's bytes begin in the shard's tar."""
+"""One kept picture. ``join_id`` is the identifier by which i1's published captions know it, null
+where that is not known; ``join_ambiguous`` says that it stands for other pictures too. ``source``
+(null: a local one) and ``revision`` are the dataset's, ``locator`` is the record's place in it.
+``width`` and ``height`` are as displayed (EXIF orientation applied), in pixels; ``text`` is the
+dataset's own text or null; ``fields`` is a JSON object of its further fields; ``offset`` is where
+the picture's bytes begin in the shard's tar."""
 
 REJECTED = pa.schema(
     [
         ("key", pa.string()),
         ("source_id", pa.string()),
         ("locator", pa.string()),
+        ("source_url", pa.string()),
         ("reason", pa.string()),
         ("detail", pa.string()),
+        ("attempts", pa.int32()),
+        ("retryable", pa.bool_()),
     ]
 )
 """One record that was not kept. ``locator`` says where it stands in the source, ``reason`` is one
-of :class:`pipeline.reasons.RejectReason`; key and source id are null where there was none."""
+of :class:`pipeline.reasons.RejectReason`; key and source id are null where there was none.
+``attempts`` counts downloads, over all generations; ``retryable`` records may be had by
+`evenmix ingest --retry`."""
+
+FETCHED = pa.schema(
+    [
+        ("key", pa.string()),
+        ("url", pa.string()),
+        ("final_url", pa.string()),
+        ("status", pa.int32()),
+        ("outcome", pa.string()),
+        ("attempts", pa.int32()),
+        ("started", pa.timestamp("ms", tz="UTC")),
+        ("duration_s", pa.float32()),
+    ]
+)
+"""One download, as it was observed: ``outcome`` is ``kept`` or the reason why not, ``status`` that
+of the last response (null: there was none), ``duration_s`` from the first request to the last byte,
+waits between attempts included."""
 
 
 def key_of(dataset: str, source_id: str) -> str:

@@ -5,15 +5,8 @@ from collections.abc import Mapping, Sequence
 from pipeline import beam_job, storage
 from pipeline.beam_job import RunnerOptions
 from pipeline.progress import Progress, console, exists_line, print_counts
-from pipeline.stage import (
-    Stage,
-    Summary,
-    WorkItem,
-    dataset_url,
-    finish,
-    make_plan,
-    write_work_lists,
-)
+from pipeline.stage import Stage, WorkItem, by_dataset, finish, make_plan, write_work_lists
+from pipeline.summary import Summary, dataset_url
 
 
 def run_stage(
@@ -28,12 +21,12 @@ def run_stage(
             worker was lost. What has been published stays, and the next run goes on from there.
     """
     plan = make_plan(stage, items)
-    if not plan.missing and {item.dataset for item in items} == plan.summarised.keys():
-        for dataset in plan.summarised:
+    if plan.is_finished:
+        for dataset, _ in plan.summarised:
             # A run that was killed while this one or another was ending may have left some.
             storage.sweep(dataset_url(stage.root, stage.folder, dataset))
         console.print(exists_line(stage), soft_wrap=True)
-        return plan.summarised
+        return by_dataset(plan.summarised)
     if plan.missing:
         if plan.finished:
             console.print(
@@ -43,7 +36,7 @@ def run_stage(
         work_lists = write_work_lists(stage, plan.missing)
         with Progress(stage, plan) as progress:
             beam_job.run(stage, work_lists, options, progress.update)
-    summaries = {**plan.summarised, **finish(stage, items)}
+    summaries = by_dataset({**plan.summarised, **finish(stage, items)})
     counts = {dataset: summaries[dataset].counts for dataset in sorted(summaries)}
     print_counts(f"{stage.name} ({stage.folder})", counts)
     return summaries

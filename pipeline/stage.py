@@ -3,11 +3,12 @@
 A stage adds one folder below the root R. It plans its work items, and each item, on some worker,
 publishes one shard: the tar if there is one, the rejected records, and last the Parquet file,
 whose appearance is the commit. When every item of a dataset has committed, ``stage.json`` sums up
-the receipts. Started again, a stage does what is missing and nothing else.
+the receipts (:mod:`pipeline.summary`). Started again, a stage does what is missing and nothing
+else.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
@@ -26,10 +27,20 @@ from pipeline.receipts import (
     fingerprint,
     read_receipt,
     table_digest,
-    total,
+)
+from pipeline.summary import (
+    Summary,
+    dataset_url,
+    generation_of,
+    merge,
+    read_generation,
+    summarise,
+    summary_name,
 )
 
-SUMMARY = "stage.json"
+REJECTED_SUFFIX = ".rejected.parquet"
+OBSERVED_SUFFIX = ".fetch.parquet"
+_MADE_BY = "evenmix.fingerprint"
 _CONCURRENT_READS = 16
 
 
@@ -49,12 +60,29 @@ class WorkItem:
 
 @dataclass(frozen=True)
 class Output:
-    """What an item publishes: its table, and where it has them its tar and rejected records."""
+    """What an item publishes: its table, and where it has them its tar and rejected records.
+
+    ``observed`` is there if another attempt at the item would give other bytes, as a download
+    does; such an item has a tar and a table of rejected records.
+    """
 
     table: pa.Table
     counts: Counts
     tar: bytes | None = None
     rejected: pa.Table | None = None
+    observed: "Observed | None" = None
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What an item saw: a table of observations, published as ``<shard>.fetch.parquet``.
+
+    ``adopt`` makes the item's output agree with what an attempt published that was cut off, or is
+    faster: its tar, and its rejected records or None if it has not come to these.
+    """
+
+    table: pa.Table
+    adopt: Callable[[bytes, pa.Table | None], Output]
 
 
 class Stage(Protocol):
@@ -87,26 +115,6 @@ class Stage(Protocol):
         """Do the work of one item, on a worker. Bad records are outcomes, not exceptions."""
 
 
-@dataclass(frozen=True)
-class Summary:
-    """``stage.json``: what a finished stage made of one dataset."""
-
-    stage: str
-    dataset: str
-    items: dict[str, dict[str, Any]]
-    counts: Counts
-
-    def to_json(self) -> bytes:
-        """Serialise; equal summaries give equal bytes."""
-        return (json.dumps(asdict(self), sort_keys=True, indent=1) + "\n").encode()
-
-    @classmethod
-    def from_json(cls, data: bytes) -> "Summary":
-        """Parse what :meth:`to_json` wrote."""
-        fields = json.loads(data)
-        return cls(**(fields | {"counts": Counts(**fields["counts"])}))
-
-
 def item_identity(stage: Stage, item: WorkItem) -> dict[str, Any]:
     """Return everything that decides an item's content: never runner, threads or versions."""
     return {
@@ -118,47 +126,16 @@ def item_identity(stage: Stage, item: WorkItem) -> dict[str, Any]:
     }
 
 
-def dataset_url(root: str, folder: str, dataset: str) -> str:
-    """Return the folder of one dataset in one stage."""
-    return storage.join(root, folder, dataset)
-
-
-def read_summary(root: str, folder: str, dataset: str) -> Summary | None:
-    """Return the summary of a finished stage, or None if it has not finished."""
-    url = storage.join(dataset_url(root, folder, dataset), SUMMARY)
-    return Summary.from_json(storage.read_bytes(url)) if storage.exists(url) else None
-
-
-def finished_shards(root: str, folder: str, dataset: str, command: str) -> dict[str, str]:
-    """Return the digest of each shard that a finished stage published, by shard name.
-
-    Raises:
-        EvenmixError: the stage has not finished; ``command`` is what finishes it.
-    """
-    summary = read_summary(root, folder, dataset)
-    if summary is None:
-        raise EvenmixError(
-            f"{dataset_url(root, folder, dataset)} is missing or not finished; "
-            f"run `evenmix {command}` first"
-        )
-    return {shard: item["digest"] for shard, item in summary.items.items()}
-
-
-def read_shard(
-    root: str, folder: str, dataset: str, shard: str, columns: Sequence[str] | None = None
-) -> pa.Table:
-    """Read the table that a stage published for one shard."""
-    url = storage.join(dataset_url(root, folder, dataset), f"{shard}.parquet")
-    return storage.read_parquet(url, columns)
-
-
 @dataclass(frozen=True)
 class Plan:
-    """The items of a stage, split into those with a commit and those that remain."""
+    """The items of a stage, split into those with a commit and those that remain.
+
+    ``summarised`` has the generations of datasets that are finished.
+    """
 
     items: Sequence[WorkItem]
     finished: Mapping[str, Receipt]
-    summarised: Mapping[str, Summary]
+    summarised: Mapping[tuple[str, int], Summary]
 
     @property
     def missing(self) -> list[WorkItem]:
@@ -166,9 +143,23 @@ class Plan:
         return [
             item
             for item in self.items
-            if item.dataset not in self.summarised
+            if _generation(item) not in self.summarised
             and f"{item.dataset}/{item.shard}" not in self.finished
         ]
+
+    @property
+    def is_finished(self) -> bool:
+        """Tell whether nothing remains, not even a summary."""
+        return {_generation(item) for item in self.items} == self.summarised.keys()
+
+
+def _generation(item: WorkItem) -> tuple[str, int]:
+    return item.dataset, generation_of(item.shard)
+
+
+def _by_generation(items: Sequence[WorkItem]) -> dict[tuple[str, int], list[WorkItem]]:
+    ordered = sorted(items, key=lambda item: (_generation(item), item.shard))
+    return {place: list(group) for place, group in groupby(ordered, key=_generation)}
 
 
 def make_plan(stage: Stage, items: Sequence[WorkItem]) -> Plan:
@@ -178,21 +169,19 @@ def make_plan(stage: Stage, items: Sequence[WorkItem]) -> Plan:
         EvenmixError: something published comes from other inputs or another configuration.
     """
     finished: dict[str, Receipt] = {}
-    summarised: dict[str, Summary] = {}
-    for dataset, group in groupby(
-        sorted(items, key=lambda i: (i.dataset, i.shard)), key=lambda item: item.dataset
-    ):
+    summarised: dict[tuple[str, int], Summary] = {}
+    for (dataset, generation), group in _by_generation(items).items():
         planned = {item.shard: item_identity(stage, item) for item in group}
-        summary = read_summary(stage.root, stage.folder, dataset)
+        summary = read_generation(stage.root, stage.folder, dataset, generation)
         done = (
             {shard: item["fingerprint"] for shard, item in summary.items.items()} if summary else {}
         )
         if summary and done == {
             shard: fingerprint(identity) for shard, identity in planned.items()
         }:
-            summarised[dataset] = summary
+            summarised[dataset, generation] = summary
             continue
-        receipts = committed_receipts(stage, dataset)
+        receipts = committed_receipts(stage, dataset, generation)
         for shard in sorted(receipts.keys() | done.keys()):
             _refuse_other_identity(stage, dataset, shard, receipts.get(shard), planned.get(shard))
         if summary:
@@ -222,17 +211,18 @@ def _refuse_other_identity(
         raise EvenmixError(f"{url} was made from inputs that this run does not have. {remedy}")
     if receipt is None:
         raise EvenmixError(
-            f"{url} is listed in {SUMMARY} but is gone; remove the folder's {SUMMARY}"
+            f"{url} is listed in its folder's {summary_name(generation_of(shard))} but is gone; "
+            "remove that file"
         )
     if receipt.fingerprint != fingerprint(planned):
         lines = "; ".join(difference(receipt.identity, dict(planned)))
         raise EvenmixError(f"{url} was made in another way ({lines}). {remedy}")
 
 
-def committed_receipts(stage: Stage, dataset: str) -> dict[str, Receipt]:
-    """Read the receipts of all committed items of a dataset, by shard."""
+def committed_receipts(stage: Stage, dataset: str, generation: int = 0) -> dict[str, Receipt]:
+    """Read the receipts of all committed items of a generation of a dataset, by shard."""
     folder = dataset_url(stage.root, stage.folder, dataset)
-    shards = committed_shards(folder)
+    shards = [shard for shard in committed_shards(folder) if generation_of(shard) == generation]
     with ThreadPoolExecutor(_CONCURRENT_READS) as pool:
         receipts = pool.map(
             lambda shard: read_receipt(storage.join(folder, f"{shard}.parquet")), shards
@@ -253,7 +243,7 @@ def is_commit(name: str) -> bool:
     """Tell whether a file's appearance commits an item."""
     return (
         name.endswith(".parquet")
-        and not name.endswith((".rejected.parquet", ".fetch.parquet"))
+        and not name.endswith((REJECTED_SUFFIX, OBSERVED_SUFFIX))
         and not name.startswith(storage.TEMPORARY_PREFIX)
     )
 
@@ -275,6 +265,9 @@ def publish_item(stage: Stage, item: WorkItem) -> None:
         _refuse_other_identity(stage, item.dataset, item.shard, read_receipt(url), identity)
         return
     output = stage.process(item)
+    stem = url.removesuffix(".parquet")
+    if output.observed is not None:
+        output = _agree_on_observed(output, output.observed, stem, fingerprint(identity))
     if not output.counts.is_conserved():
         raise AssertionError(
             f"{stage.name} {item.dataset}/{item.shard} lost records: {output.counts}"
@@ -289,14 +282,43 @@ def publish_item(stage: Stage, item: WorkItem) -> None:
         tar=None if output.tar is None else checksum([output.tar]),
         rejected=None if rejected is None else checksum([rejected]),
     )
-    stem = url.removesuffix(".parquet")
     if output.tar is not None:
         _publish_beside_commit(f"{stem}.tar", output.tar, url)
     if rejected is not None:
-        _publish_beside_commit(f"{stem}.rejected.parquet", rejected, url)
+        _publish_beside_commit(f"{stem}{REJECTED_SUFFIX}", rejected, url)
     metadata = {METADATA_KEY: receipt.to_json()}
     if not storage.publish(url, storage.parquet_bytes(output.table, metadata)):
         _refuse_other_identity(stage, item.dataset, item.shard, read_receipt(url), identity)
+
+
+def _agree_on_observed(
+    output: Output, observed: Observed, stem: str, item_fingerprint: str
+) -> Output:
+    """Publish what an item observed beside its commit, or take over what is there already.
+
+    Of several attempts at an item, killed or still alive, the first to publish its tar decides
+    which pictures are kept, and the first to publish rejected records decides why the others are
+    not. No attempt replaces another's file, so whichever commits, commits to files that stay. The
+    observations come first and carry the item's fingerprint, by which attempts know each other.
+    """
+    tar, tar_url, rejected_url = output.tar, f"{stem}.tar", f"{stem}{REJECTED_SUFFIX}"
+    assert tar is not None
+    observed_url, made_by = f"{stem}{OBSERVED_SUFFIX}", {_MADE_BY: item_fingerprint}
+    observations = storage.parquet_bytes(observed.table, made_by)
+    is_first = storage.publish(observed_url, observations)
+    if not is_first and storage.parquet_metadata(observed_url).get(_MADE_BY) != item_fingerprint:
+        # A killed run with other settings or inputs has left this behind, and perhaps more.
+        storage.remove(tar_url)
+        storage.remove(rejected_url)
+        storage.replace(observed_url, observations)
+    if not storage.publish(tar_url, tar):
+        tar = storage.read_bytes(tar_url)
+        output = observed.adopt(tar, None)
+    rejected = output.rejected
+    assert rejected is not None
+    if rejected.num_rows and not storage.publish(rejected_url, storage.parquet_bytes(rejected, {})):
+        output = observed.adopt(tar, storage.read_parquet(rejected_url))
+    return output
 
 
 def _publish_beside_commit(url: str, data: bytes, commit_url: str) -> None:
@@ -342,19 +364,19 @@ def read_work_list(url: str) -> list[WorkItem]:
     return [WorkItem(**json.loads(line)) for line in lines]
 
 
-def finish(stage: Stage, items: Sequence[WorkItem]) -> dict[str, Summary]:
-    """Check the sums of a stage whose items have all run, sweep up, publish ``stage.json``.
+def finish(stage: Stage, items: Sequence[WorkItem]) -> dict[tuple[str, int], Summary]:
+    """Check the sums of a stage whose items have all run, sweep up, publish the summaries.
+
+    Returns the summary of each generation of a dataset.
 
     Raises:
         EvenmixError: an item has no commit although the job has ended, or another build with
             other inputs or another configuration has published here meanwhile.
     """
     summaries = {}
-    for dataset in sorted({item.dataset for item in items}):
-        planned = {
-            item.shard: item_identity(stage, item) for item in items if item.dataset == dataset
-        }
-        receipts = committed_receipts(stage, dataset)
+    for (dataset, generation), group in _by_generation(items).items():
+        planned = {item.shard: item_identity(stage, item) for item in group}
+        receipts = committed_receipts(stage, dataset, generation)
         absent = planned.keys() - receipts.keys()
         if absent:
             raise EvenmixError(
@@ -365,35 +387,35 @@ def finish(stage: Stage, items: Sequence[WorkItem]) -> dict[str, Summary]:
             _refuse_other_identity(stage, dataset, shard, receipt, planned.get(shard))
         summary = summarise(stage.name, dataset, receipts)
         folder = dataset_url(stage.root, stage.folder, dataset)
-        _sweep(folder, receipts)
-        storage.publish(storage.join(folder, SUMMARY), summary.to_json())
-        summaries[dataset] = summary
+        _sweep(folder, receipts, generation)
+        storage.publish(storage.join(folder, summary_name(generation)), summary.to_json())
+        summaries[dataset, generation] = summary
     return summaries
 
 
-def summarise(stage: str, dataset: str, receipts: Mapping[str, Receipt]) -> Summary:
-    """Sum up the receipts of a dataset's shards in one stage."""
-    return Summary(
-        stage=stage,
-        dataset=dataset,
-        items={
-            shard: {
-                "fingerprint": receipt.fingerprint,
-                "digest": receipt.digest,
-                "counts": asdict(receipt.counts),
-            }
-            for shard, receipt in sorted(receipts.items())
-        },
-        counts=total(receipt.counts for receipt in receipts.values()),
-    )
+def by_dataset(summaries: Mapping[tuple[str, int], Summary]) -> dict[str, Summary]:
+    """Merge the summaries of the generations of each dataset."""
+    return {
+        dataset: merge([summaries[place] for place in group])
+        for dataset, group in groupby(sorted(summaries), key=lambda place: place[0])
+    }
 
 
-def _sweep(folder: str, receipts: Mapping[str, Receipt]) -> None:
-    """Remove what killed runs left in the folder of a dataset whose items are all published."""
+def _sweep(folder: str, receipts: Mapping[str, Receipt], generation: int) -> None:
+    """Remove what killed runs left in the folder of a generation whose items are all published."""
     storage.sweep(folder)
-    kept = {f"{shard}.tar" for shard, receipt in receipts.items() if receipt.tar} | {
-        f"{shard}.rejected.parquet" for shard, receipt in receipts.items() if receipt.rejected
+    kept = {
+        f"{shard}{suffix}"
+        for shard, receipt in receipts.items()
+        for suffix, is_there in (
+            (".tar", receipt.tar),
+            (REJECTED_SUFFIX, receipt.rejected),
+            (OBSERVED_SUFFIX, True),
+        )
+        if is_there
     }
     for file in storage.list_files(folder):
-        if file.name.endswith((".tar", ".rejected.parquet")) and file.name not in kept:
-            storage.remove(file.url)
+        for suffix in (".tar", REJECTED_SUFFIX, OBSERVED_SUFFIX):
+            shard = file.name.removesuffix(suffix)
+            if shard != file.name and file.name not in kept and generation_of(shard) == generation:
+                storage.remove(file.url)

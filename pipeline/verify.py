@@ -25,7 +25,9 @@ from pipeline.images import Limits
 from pipeline.progress import console, counts_table
 from pipeline.reasons import PictureError
 from pipeline.receipts import Checksum, Counts, Receipt, checksum, read_receipt, table_digest, total
-from pipeline.stage import SUMMARY, Summary, summarise
+from pipeline.records import SOURCES
+from pipeline.stage import OBSERVED_SUFFIX, REJECTED_SUFFIX
+from pipeline.summary import SUMMARY, Summary, previous_generation, summarise
 
 MANIFEST = "mixture.json"
 
@@ -47,7 +49,8 @@ class Audit:
         if self.receipt is None or self.receipt.tar:
             yield ".tar"
         if self.receipt is None or self.receipt.rejected:
-            yield ".rejected.parquet"
+            yield REJECTED_SUFFIX
+        yield OBSERVED_SUFFIX
 
 
 def verify(root: str, deep: bool) -> tuple[dict[str, Counts], list[str]]:
@@ -57,58 +60,61 @@ def verify(root: str, deep: bool) -> tuple[dict[str, Counts], list[str]]:
     that begins with the URL of the file.
     """
     files = {file.name for file in storage.list_files(root)}
-    folders = sorted(name.rpartition("/")[0] for name in files if name.endswith(f"/{SUMMARY}"))
-    recounted: dict[str, Counts] = {}
+    summaries = sorted(name for name in files if SUMMARY.fullmatch(name.rpartition("/")[2]))
+    folders = {name.rpartition("/")[0] for name in summaries}
+    counts: dict[str, list[Counts]] = {}
     findings: list[str] = []
-    explained = {f"{folder}/{SUMMARY}" for folder in folders}
+    explained = set(summaries)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for folder in folders:
-            url = storage.join(root, folder)
-            published = storage.read_bytes(storage.join(url, SUMMARY))
+        for name in summaries:
+            folder = name.rpartition("/")[0]
+            url, summary_url = storage.join(root, folder), storage.join(root, name)
+            published = storage.read_bytes(summary_url)
             try:
                 summary = Summary.from_json(published)
             except (ValueError, KeyError, TypeError) as error:
-                findings.append(f"{url}/{SUMMARY}: is damaged: {error!r}")
+                findings.append(f"{summary_url}: is damaged: {error!r}")
                 continue
             shards = list(summary.items)
             audits = dict(
                 zip(shards, pool.map(partial(_audit_shard, url, deep), shards), strict=True)
             )
             findings += [finding for audit in audits.values() for finding in audit.findings]
-            recounted[folder] = total(audit.counts for audit in audits.values())
-            findings += _check_summary(url, published, summary, audits, recounted[folder])
+            counts.setdefault(folder, []).append(total(audit.counts for audit in audits.values()))
+            findings += _check_summary(summary_url, published, summary, audits, counts[folder][-1])
             explained |= {
                 f"{folder}/{shard}{suffix}"
                 for shard, audit in audits.items()
                 for suffix in audit.suffixes()
             }
-    mixtures = {name.rpartition("/")[0] for name in folders if name.startswith("mixtures/")}
+    mixtures = {folder.rpartition("/")[0] for folder in folders if folder.startswith("mixtures/")}
     for mixture in sorted(mixtures):
         explained.add(f"{mixture}/{MANIFEST}")
         findings += _check_manifest(storage.join(root, mixture, MANIFEST))
     findings += [
         f"{storage.join(root, name)}: belongs to no finished work; start its stage again"
         for name in sorted(files - explained)
+        if not name.startswith(f"{SOURCES}/")
     ]
+    recounted = {folder: total(parts).without_retried() for folder, parts in counts.items()}
     return recounted, findings
 
 
 def _check_summary(
     url: str, published: bytes, summary: Summary, audits: Mapping[str, Audit], recounted: Counts
 ) -> Iterator[str]:
-    """Compare ``stage.json`` with the sums of the shards and with what their receipts give."""
+    """Compare a summary with the sums of its shards and with what their receipts give."""
+    folder, _, name = url.rpartition("/")
     if recounted != summary.counts:
-        yield (
-            f"{url}/{SUMMARY}: its sums {summary.counts} are not those of its shards, {recounted}"
-        )
+        yield f"{url}: its sums {summary.counts} are not those of its shards, {recounted}"
     receipts = {shard: audit.receipt for shard, audit in audits.items() if audit.receipt}
     stage = next((str(r.identity["stage"]) for r in receipts.values()), summary.stage)
-    expected = summarise(stage, url.rpartition("/")[2], receipts)
+    expected = summarise(stage, folder.rpartition("/")[2], receipts)
     others = [shard for shard in receipts if expected.items[shard] != summary.items[shard]]
     for shard in others:
-        yield f"{url}/{shard}.parquet: is not the file that {SUMMARY} was written for"
+        yield f"{folder}/{shard}.parquet: is not the file that {name} was written for"
     if not others and receipts.keys() == audits.keys() and expected.to_json() != published:
-        yield f"{url}/{SUMMARY}: is not what the receipts of its shards give"
+        yield f"{url}: is not what the receipts of its shards give"
 
 
 def _audit_shard(folder: str, deep: bool, shard: str) -> Audit:
@@ -130,17 +136,30 @@ def _audit_shard(folder: str, deep: bool, shard: str) -> Audit:
             findings += tar_findings
             reasons: Counter[str] = Counter()
             if receipt.rejected is not None:
-                name = f"{shard}.rejected.parquet"
+                name = f"{shard}{REJECTED_SUFFIX}"
                 _, rejected_url = _read_published(folder, name, receipt.rejected, findings)
                 reasons.update(storage.read_parquet(rejected_url, ["reason"])["reason"].to_pylist())
+            retried = _recount_retried(folder, shard)
         except EvenmixError as error:
             return Audit(Counts(), [*findings, str(error)], receipt)
-        counts = Counts(pictures + reasons.total(), pictures, dict(sorted(reasons.items())))
+        counts = Counts(
+            pictures + reasons.total(), pictures, dict(sorted(reasons.items())), retried
+        )
         if counts != receipt.counts:
             findings.append(f"{tar_url}: holds {counts}, but its receipt says {receipt.counts}")
     if not counts.is_conserved():
         findings.append(f"{url}: in is not out + rejected: {counts}")
     return Audit(counts, findings, receipt)
+
+
+def _recount_retried(folder: str, shard: str) -> dict[str, int]:
+    """Count by reason what a shard tried again: all that its previous generation left for it."""
+    previous = previous_generation(shard)
+    if previous is None:
+        return {}
+    url = storage.join(folder, f"{previous}{REJECTED_SUFFIX}")
+    rejected = storage.read_parquet(url, ["reason", "retryable"]).to_pylist()
+    return dict(sorted(Counter(row["reason"] for row in rejected if row["retryable"]).items()))
 
 
 def _check_manifest(url: str) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """A small but real stage for the tests: words go in, those that are long enough come out."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,8 @@ import pyarrow as pa
 from pipeline.errors import EvenmixError
 from pipeline.receipts import Counts
 from pipeline.records import REJECTED
-from pipeline.stage import Output, WorkItem
+from pipeline.stage import Output, Stage, WorkItem, by_dataset, finish, make_plan, publish_item
+from pipeline.summary import Summary
 from pipeline.tars import TarWriter
 
 
@@ -67,3 +68,11 @@ def items(*shards: str, dataset: str = "d") -> list[WorkItem]:
         WorkItem(dataset, shard, inputs={"words": [f"{shard}"[:1], f"{shard}bb"[:3], "ccccc"]})
         for shard in shards
     ]
+
+
+def run_here(stage: Stage, items: Sequence[WorkItem]) -> Mapping[str, Summary]:
+    """Do what `run_stage` does, in this process and without Beam."""
+    plan = make_plan(stage, items)
+    for item in plan.missing:
+        publish_item(stage, item)
+    return by_dataset({**plan.summarised, **finish(stage, items)})

@@ -17,8 +17,11 @@ from demo import photographs
 from pipeline import ingest, storage
 from pipeline.beam_job import RunnerOptions
 from pipeline.errors import EvenmixError
+from pipeline.receipts import Counts
 from pipeline.recipe import Recipe
-from pipeline.stage import Stage, Summary, WorkItem, finish, make_plan, publish_item
+from pipeline.stage import Stage, WorkItem
+from pipeline.summary import Summary
+from tests.stages import run_here
 from tests.tiny_onnx import mean_colour_onnx
 
 NAMES = ["brick", "camera", "coffee", "coins"]
@@ -26,11 +29,7 @@ TWO_WORKERS = RunnerOptions(workers=2)
 
 
 def here(stage: Stage, items: list[WorkItem], _: RunnerOptions) -> Mapping[str, Summary]:
-    """Do what `run_stage` does, in this process and without Beam."""
-    plan = make_plan(stage, items)
-    for item in plan.missing:
-        publish_item(stage, item)
-    return {**plan.summarised, **finish(stage, items)}
+    return run_here(stage, items)
 
 
 @pytest.fixture
@@ -192,11 +191,11 @@ def test_counts_are_conserved_and_by_reason(corpus: Path) -> None:
         counts = json.loads((folder / "stage.json").read_bytes())["counts"]
         rows = [row for name, row in outcomes(corpus).items() if name.startswith(f"{dataset}/")]
         rules = [row["rule"] for row in rows if row["rule"]]
-        assert counts == {
-            "records_in": len(rows),
-            "records_out": len(rows) - len(rules),
-            "rejected": {rule: rules.count(rule) for rule in sorted(set(rules))},
-        }
+        assert Counts(**counts) == Counts(
+            len(rows),
+            len(rows) - len(rules),
+            {rule: rules.count(rule) for rule in sorted(set(rules))},
+        )
     # Graphics needs no descriptors.
     assert {name.split("/")[1] for name in tables(corpus, "embeddings")} == {"album", "crawl"}
 

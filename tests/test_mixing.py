@@ -19,7 +19,8 @@ from pipeline.errors import EvenmixError
 from pipeline.receipts import Counts
 from pipeline.recipe import Recipe
 from pipeline.records import INDEX, key_of
-from pipeline.stage import SUMMARY, Output, Summary
+from pipeline.stage import Output
+from pipeline.summary import Summary, summary_name
 
 SHARDS, ROWS = 3, 100
 
@@ -58,7 +59,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> str:
         for number, table in enumerate(shards):
             storage.publish(f"{url}/shard-{number}.parquet", storage.parquet_bytes(table, {}))
         items = {f"shard-{number}": {"digest": f"{folder}{number}"} for number in range(SHARDS)}
-        storage.publish(f"{url}/{SUMMARY}", Summary("s", "set", items, Counts()).to_json())
+        storage.publish(f"{url}/{summary_name(0)}", Summary("s", "set", items, Counts()).to_json())
     return root
 
 
@@ -131,6 +132,26 @@ def test_another_seed_takes_other_pictures(root: str) -> None:
     stage = Select(Recipe.model_validate(document))
     other = stage.process(stage.plan()[0])
     assert keys(one, "train") != keys(other, "train")
+
+
+def test_excluded_pictures_are_in_no_mixture(root: str, tmp_path: Path) -> None:
+    names = ["1", "10", "11"]  # the second is a duplicate too
+    listed = tmp_path / "exclusions.txt"
+    listed.write_text("".join(f"source_id set {name}\n" for name in names), encoding="utf-8")
+    before = Select(Recipe.model_validate(RECIPE | {"root": root}))
+    after = Select(Recipe.model_validate(RECIPE | {"root": root, "exclusions": str(listed)}))
+    (item,) = after.plan()
+    output = after.process(item)
+    counts = before.process(item).counts
+    assert output.counts.records_out == counts.records_out - 2
+    assert output.counts.rejected == counts.rejected | {"excluded": 3, "near_duplicate": 29}
+    taken = before.process(item).table["key"].to_pylist()
+    assert set(taken) - set(output.table["key"].to_pylist()) == {
+        key_of("set", "1"),
+        key_of("set", "11"),
+    }
+    # With another list it is another mixture, which needs a name of its own.
+    assert before.config("set") != after.config("set")
 
 
 def test_tables_that_are_not_aligned_are_never_joined(root: str, tmp_path: Path) -> None:

@@ -15,16 +15,14 @@ from pipeline.errors import EvenmixError
 from pipeline.receipts import Counts, checksum, read_receipt
 from pipeline.run import run_stage
 from pipeline.stage import (
-    Summary,
     WorkItem,
     finish,
-    finished_shards,
     make_plan,
     publish_item,
-    read_summary,
     read_work_list,
     write_work_lists,
 )
+from pipeline.summary import Summary, finished_shards, read_summary
 from tests.stages import Words, items
 
 ONE_WORKER = RunnerOptions(workers=1)
@@ -80,10 +78,10 @@ def test_a_finished_stage_sums_up_and_leaves_no_work_lists(root: str) -> None:
     summaries = finish(stage, work)
 
     assert {name: summary.counts for name, summary in summaries.items()} == {
-        "d": Counts(6, 4, {"too_small": 2}),
-        "e": Counts(3, 2, {"too_small": 1}),
+        ("d", 0): Counts(6, 4, {"too_small": 2}),
+        ("e", 0): Counts(3, 2, {"too_small": 1}),
     }
-    assert read_summary(root, "words", "d") == summaries["d"]
+    assert read_summary(root, "words", "d") == summaries["d", 0]
     assert finished_shards(root, "words", "e", "words") == {
         "x": read_receipt(f"{root}/words/e/x.parquet").digest
     }
@@ -179,7 +177,7 @@ def test_a_commit_that_was_removed_is_missed(root: str) -> None:
     finish(Words(root), work)
     storage.remove(f"{root}/words/d/a.parquet")
     # A plan reads one file when all is well; a change makes it look at each.
-    with pytest.raises(EvenmixError, match=r"a\.parquet is listed in stage\.json but is gone"):
+    with pytest.raises(EvenmixError, match=r"a\.parquet is listed in its folder's stage\.json"):
         make_plan(Words(root, version=2), work)
 
 
