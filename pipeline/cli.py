@@ -11,6 +11,8 @@ from pipeline.errors import EvenmixError
 
 COMMANDS = {
     "build": ("pipeline.build", "pipeline,dedup", "run all stages of a recipe"),
+    "datasets": ("pipeline.datasets_command", "pipeline", "show the catalogue of public datasets"),
+    "mirror": ("pipeline.mirror", "pipeline", "copy a source that is not read where it is"),
     "ingest": ("pipeline.ingest", "pipeline", "read the sources, keep pictures that are whole"),
     "embed": ("dedup.embed", "pipeline,dedup", "describe pictures with the copy detector SSCD"),
     "dedup": ("dedup.deduplicate", "pipeline,dedup", "find exact copies and near-duplicates"),

@@ -15,6 +15,11 @@ from pipeline.recipe import Recipe, load_recipe
 def add_stage_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the recipe, its overrides, and where to run."""
     parser.add_argument("recipe", help="the recipe (TOML), a path or any fsspec URL")
+    add_runner_arguments(parser)
+
+
+def add_runner_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the root and where to run."""
     parser.add_argument("--root", help="the corpus root R, instead of the recipe's")
     parser.add_argument(
         "--workers",
@@ -40,7 +45,7 @@ def runner_of(args: argparse.Namespace) -> RunnerOptions:
     if args.workers < 1:
         raise EvenmixError(f"--workers {args.workers}: at least one is needed")
     known = beam_option_names()
-    for before, word in pairwise([args.recipe, *args.beam_options]):
+    for before, word in pairwise([args.recipe or "", *args.beam_options]):
         name = word.split("=")[0]
         if not word.startswith("--") and (not before.startswith("--") or "=" in before):
             raise EvenmixError(f"{word!r} belongs to no option; there is one recipe a command")

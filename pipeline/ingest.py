@@ -1,118 +1,44 @@
 """`evenmix ingest`: read the sources, keep the pictures that are whole and large enough.
 
-Each work item becomes one shard: a tar of original bytes, its index, and the records that were
-not kept with their reasons.
+Each work item becomes one shard: a tar of original bytes, its index, and the ledger of the records
+that were not kept. Pictures of URL lists are downloaded on the way; those that could not be had,
+but may be had later, are tried again by `--retry`, which adds a generation of shards.
 """
 
 import argparse
-import hashlib
-import json
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 
-import pyarrow as pa
-
-from pipeline import images, readers, storage
+from pipeline import hub, readers, storage
 from pipeline.beam_job import RunnerOptions
-from pipeline.command_options import add_stage_arguments, recipe_of, runner_of
+from pipeline.command_options import add_runner_arguments, recipe_of, runner_of
+from pipeline.config_file import configure
+from pipeline.dataset import Dataset
+from pipeline.dry_run import print_dry_run
 from pipeline.errors import EvenmixError
 from pipeline.images import Limits
-from pipeline.reasons import PictureError, RejectReason
-from pipeline.receipts import Counts
-from pipeline.recipe import Dataset, Recipe
-from pipeline.records import IMAGES, INDEX, REJECTED, key_of
+from pipeline.ingest_stage import Ingest
+from pipeline.mirror import mirrored
+from pipeline.progress import console, print_counts
+from pipeline.receipts import read_receipt
+from pipeline.recipe import Corpus, Recipe
+from pipeline.records import IMAGES
+from pipeline.retry import retry_items
 from pipeline.run import run_stage
-from pipeline.stage import Output, WorkItem
-from pipeline.tars import TarWriter
+from pipeline.stage import WorkItem, committed_shards
+from pipeline.summary import dataset_url, read_summary
 
 
 @dataclass(frozen=True)
-class Ingest:
-    """The stage that makes R/images."""
+class Trial:
+    """A part of the datasets: the first ``limit`` records of each, ``sample_fraction`` by hash."""
 
-    root: str
-    datasets: Mapping[str, Dataset]
-    limits: Limits
-    name: str = "ingest"
-    version: int = 1
-    folder: str = IMAGES
-    resource_hints: Mapping[str, str] = field(default_factory=dict)
-
-    def config(self, dataset: str) -> Mapping[str, Any]:
-        """Return what decides the content of a shard: how records are read, what is kept."""
-        spec = self.datasets[dataset]
-        return {
-            "layout": spec.layout,
-            "licence": spec.licence,
-            "id_field": spec.id_field,
-            "image_field": spec.image_field,
-            "text_field": spec.text_field,
-            "url_field": spec.url_field,
-            "extra_fields": spec.extra_fields,
-            "min_short_edge_px": self.limits.min_short_edge_px,
-            "max_pixels": self.limits.max_pixels,
-            "max_bytes": self.limits.max_bytes,
-        }
-
-    def process(self, item: WorkItem) -> Output:
-        """Read one item's records and judge each of them."""
-        dataset = self.datasets[item.dataset]
-        tar, kept, rejected = TarWriter(), list[dict[str, Any]](), list[dict[str, Any]]()
-        for record in readers.read(dataset, item, self.limits.max_bytes):
-            key = key_of(item.dataset, record.source_id) if record.source_id else None
-            try:
-                row = _judge(record, self.limits)
-            except PictureError as error:
-                rejected.append(
-                    {
-                        "key": key,
-                        "source_id": record.source_id,
-                        "locator": record.locator,
-                        "reason": error.reason,
-                        "detail": error.detail,
-                    }
-                )
-                continue
-            row |= {"key": key, "licence": dataset.licence}
-            offset = tar.add(f"{key}.{images.EXTENSIONS[row['format']]}", record.picture)
-            tar.add(f"{key}.json", json.dumps(row, sort_keys=True, ensure_ascii=False).encode())
-            kept.append(row | {"offset": offset})
-        reasons = Counter(str(row["reason"]) for row in rejected)
-        return Output(
-            table=pa.Table.from_pylist(kept, schema=INDEX),
-            counts=Counts(len(kept) + len(rejected), len(kept), dict(sorted(reasons.items()))),
-            tar=tar.close(),
-            rejected=pa.Table.from_pylist(rejected, schema=REJECTED),
-        )
+    limit: int | None = None
+    sample_fraction: float = 1.0
 
 
-def _judge(record: readers.Record, limits: Limits) -> dict[str, Any]:
-    """Return the index row of a record that is kept.
-
-    Raises:
-        PictureError: the record is not kept, with the reason.
-    """
-    if record.reason is not None:
-        raise PictureError(record.reason, record.detail)
-    if not record.source_id:
-        raise PictureError(RejectReason.BAD_RECORD, "it has no id")
-    pixels = images.decode(record.picture, limits)
-    header = images.probe(record.picture)
-    return {
-        "source_id": record.source_id,
-        "locator": record.locator,
-        "source_url": record.source_url,
-        "text": record.text,
-        "fields": json.dumps(record.fields, sort_keys=True, ensure_ascii=False, default=str),
-        "format": header.format,
-        "width": header.width,
-        "height": header.height,
-        "num_bytes": len(record.picture),
-        "sha256": hashlib.sha256(record.picture).hexdigest(),
-        "pixels_sha256": images.sha256_of_pixels(pixels),
-    }
+EVERYTHING = Trial()
 
 
 def check(recipe: Recipe) -> None:
@@ -121,36 +47,125 @@ def check(recipe: Recipe) -> None:
     Raises:
         EvenmixError: with all that are not.
     """
-    absent = [
-        f"dataset {name}: nothing at {dataset.source}; correct datasets.{name}.source"
-        for name, dataset in recipe.datasets.items()
-        if not storage.glob_files(dataset.source) and not storage.list_files(dataset.source)
-    ]
-    if absent:
-        raise EvenmixError("\n  ".join(absent))
+    obstacles = []
+    for name, dataset in recipe.datasets.items():
+        try:
+            located = _locate(recipe.root, name, dataset)
+            if not storage.glob_files(located.source) and not storage.list_files(located.source):
+                raise EvenmixError(f"nothing at {located.source}; correct datasets.{name}.source")
+        except EvenmixError as error:
+            obstacles.append(f"dataset {name}: {error}")
+    if obstacles:
+        raise EvenmixError("\n  ".join(obstacles))
 
 
 def run_recipe(recipe: Recipe, runner: RunnerOptions) -> None:
     """Ingest all datasets of a recipe."""
-    items = [
-        item
-        for name, dataset in sorted(recipe.datasets.items())
-        for item in readers.plan(name, dataset, recipe.images.records_per_shard)
-    ]
-    run_stage(stage_of(recipe), items, runner)
+    stage, items = plan(recipe)
+    run_stage(stage, items, runner)
 
 
-def stage_of(recipe: Recipe) -> Ingest:
-    """Return the ingest stage of a recipe."""
+def plan(corpus: Corpus, trial: Trial = EVERYTHING) -> tuple[Ingest, list[WorkItem]]:
+    """Find the sources and cut them into work items.
+
+    Raises:
+        EvenmixError: a source is not there, cannot be read, or must be mirrored first.
+    """
+    datasets = {
+        name: _locate(corpus.root, name, dataset) for name, dataset in corpus.datasets.items()
+    }
     limits = Limits(
-        recipe.images.min_short_edge_px, recipe.images.max_pixels, recipe.images.max_bytes
+        corpus.images.min_short_edge_px, corpus.images.max_pixels, corpus.images.max_bytes
     )
-    return Ingest(recipe.root, recipe.datasets, limits)
+    stage = Ingest(
+        root=corpus.root,
+        datasets=datasets,
+        origins={
+            name: dataset.source if "://" in dataset.source else None
+            for name, dataset in corpus.datasets.items()
+        },
+        limits=limits,
+        fetch=corpus.fetch,
+        exclusions=corpus.exclusions,
+        sample_fraction=trial.sample_fraction,
+    )
+    items = []
+    for name, dataset in sorted(datasets.items()):
+        planned = readers.plan(name, dataset, corpus.images)
+        if trial.limit is not None:
+            planned = _first_records(dataset, planned, trial.limit, limits.max_bytes)
+        items += planned
+    return stage, items
+
+
+def _locate(root: str, name: str, dataset: Dataset) -> Dataset:
+    """Return a dataset as it is read: its mirror, or its source at a full revision."""
+    if dataset.mirror:
+        return mirrored(root, name, dataset)
+    revision = dataset.revision or _revision_begun(root, name)
+    source, revision = hub.resolve(dataset.source, revision)
+    return dataset.model_copy(update={"source": source, "revision": revision})
+
+
+def _revision_begun(root: str, name: str) -> str | None:
+    """Return the revision of the shards that are there already, so that a run ends as it began.
+
+    The head of a repository may have moved on since.
+    """
+    folder = dataset_url(root, IMAGES, name)
+    shard = next(iter(committed_shards(folder)), None)
+    if shard is None:
+        return None
+    identity = read_receipt(storage.join(folder, f"{shard}.parquet")).identity
+    revision: str | None = identity["config"].get("dataset", {}).get("revision")
+    return revision
+
+
+def _first_records(
+    dataset: Dataset, items: Sequence[WorkItem], limit: int, max_bytes: int
+) -> list[WorkItem]:
+    """Take items until they have ``limit`` records; the last one is told where to stop."""
+    taken = []
+    for item in items:
+        if limit == 0:
+            break
+        # Only reading tells how many records a tar has; a trial is small enough for that.
+        num_records = sum(1 for _ in islice(readers.read(dataset, item, max_bytes), limit + 1))
+        is_cut = num_records > limit
+        cut = replace(item, inputs={**item.inputs, "first_records": limit})
+        taken.append(cut if is_cut else item)
+        limit -= min(num_records, limit)
+    return taken
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `evenmix ingest`."""
-    add_stage_arguments(parser)
+    parser.add_argument(
+        "recipe",
+        nargs="?",
+        help="the recipe (TOML), a path or any fsspec URL; --dataset and --root go without one",
+    )
+    add_runner_arguments(parser)
+    parser.add_argument(
+        "--dataset",
+        action="append",
+        metavar="NAME",
+        help="only this dataset of the recipe, or without a recipe of the catalogue (repeatable)",
+    )
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="only each dataset's first N records"
+    )
+    parser.add_argument(
+        "--sample-fraction", type=float, metavar="F", help="only this part of the records, by hash"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what would be read, from where; do nothing"
+    )
+    parser.add_argument(
+        "--retry",
+        action="store_true",
+        help="download again what failed and may be had now, as a further generation of shards",
+    )
     parser.add_argument("--min-short-edge", type=int, metavar="PX", help="least shorter edge kept")
     parser.add_argument("--max-pixels", type=int, help="most pixels of a picture kept")
     parser.add_argument("--max-bytes", type=int, help="largest picture file kept")
@@ -158,10 +173,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `evenmix ingest`."""
+    corpus, trial, runner = _corpus_of(args), _trial_of(args), runner_of(args)
+    stage, items = plan(corpus, trial)
+    if args.dry_run:
+        print_dry_run(stage, items)
+        return 0
+    if args.retry:
+        items = retry_items(stage, items)
+        if not items:
+            console.print("ingest: no failed download that may be had now; nothing to do")
+            return 0
+    run_stage(stage, items, runner)
+    if args.retry:
+        summaries = {name: read_summary(corpus.root, IMAGES, name) for name in corpus.datasets}
+        print_counts(
+            "all generations", {name: found.counts for name, found in summaries.items() if found}
+        )
+    return 0
+
+
+def _trial_of(args: argparse.Namespace) -> Trial:
+    if args.limit is not None and args.limit < 1:
+        raise EvenmixError(f"--limit {args.limit}: at least one record is needed")
+    fraction = 1.0 if args.sample_fraction is None else args.sample_fraction
+    if not 0 < fraction <= 1:
+        raise EvenmixError(f"--sample-fraction {fraction}: above 0, at most 1")
+    return Trial(args.limit, fraction)
+
+
+def _corpus_of(args: argparse.Namespace) -> Corpus:
+    """Return what a command line wants to be ingested: of a recipe, or of the catalogue."""
     overrides = {
         "images.min_short_edge_px": args.min_short_edge,
         "images.max_pixels": args.max_pixels,
         "images.max_bytes": args.max_bytes,
     }
-    run_recipe(recipe_of(args, overrides), runner_of(args))
-    return 0
+    if args.recipe is None:
+        if not (args.dataset and args.root):
+            raise EvenmixError(
+                "name a recipe, or a dataset of the catalogue with --dataset NAME --root R"
+            )
+        datasets = {name: {"catalog": name} for name in args.dataset}
+        document = {"root": args.root, "datasets": datasets}
+        return configure("the command line", document, Corpus, overrides)
+    if not args.recipe.endswith(".toml"):
+        raise EvenmixError(
+            f"{args.recipe} is no recipe, which is a .toml file; without one, write options of "
+            "Beam's as --name=value"
+        )
+    recipe = recipe_of(args, overrides)
+    absent = sorted(set(args.dataset or ()) - recipe.datasets.keys())
+    if absent:
+        raise EvenmixError(
+            f"{args.recipe} has no dataset {', '.join(absent)}, only {', '.join(recipe.datasets)}"
+        )
+    wanted = args.dataset or recipe.datasets
+    return recipe.model_copy(update={"datasets": {name: recipe.datasets[name] for name in wanted}})

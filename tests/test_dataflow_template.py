@@ -6,9 +6,10 @@ import apache_beam as beam
 
 from captioning.from_model import VllmCaptioning
 from pipeline import beam_job
+from pipeline.dataset import Dataset
 from pipeline.images import Limits
-from pipeline.ingest import Ingest
-from pipeline.recipe import Dataset, VllmCaptions
+from pipeline.ingest_stage import Ingest
+from pipeline.recipe import Fetch, VllmCaptions
 from pipeline.stage import Stage, WorkItem, write_work_lists
 from tests.dataflow import StagedJob, stage_template
 
@@ -60,7 +61,8 @@ def stage_job(stage: Stage, bucket_url: str) -> StagedJob:
 
 def test_ingest_is_a_small_job_without_accelerators(gcs_bucket: str) -> None:
     dataset = Dataset(layout="folder", source=f"{gcs_bucket}/in", licence="CC0 1.0")
-    stage = Ingest(f"{gcs_bucket}/R", {"d": dataset}, Limits(256, 10**8, 10**8))
+    limits = Limits(256, 10**8, 10**8)
+    stage = Ingest(f"{gcs_bucket}/R", {"d": dataset}, {"d": None}, limits, Fetch())
     staged = stage_job(stage, gcs_bucket)
 
     assert len(json.dumps(staged.job)) < 100_000

@@ -10,13 +10,14 @@ import pytest
 
 from pipeline import images, ingest, readers, storage
 from pipeline.beam_job import RunnerOptions
+from pipeline.dataset import Dataset
 from pipeline.errors import EvenmixError
 from pipeline.images import Limits
-from pipeline.ingest import Ingest
+from pipeline.ingest_stage import Ingest
 from pipeline.receipts import Counts
-from pipeline.recipe import Dataset, Recipe
+from pipeline.recipe import Fetch, Images, Recipe
 from pipeline.records import INDEX, key_of
-from pipeline.stage import read_summary
+from pipeline.summary import read_summary
 from tests.pictures import bomb_png, exif_orientation, jpeg_with, save, smooth
 
 LIMITS = Limits(min_short_edge_px=32, max_pixels=1_000_000, max_bytes=500_000)
@@ -134,10 +135,11 @@ def test_shard_size_does_not_change_what_is_kept(tmp_path: object) -> None:
     for name, data in KEPT.items():
         storage.publish(f"{tmp_path}/in/{name}", data)
     dataset = Dataset(layout="folder", source=f"{tmp_path}/in", licence="CC0 1.0")
-    stage = Ingest(f"{tmp_path}/R", {"d": dataset}, LIMITS)
+    stage = Ingest(f"{tmp_path}/R", {"d": dataset}, {"d": None}, LIMITS, Fetch())
 
     def rows(records_per_shard: int) -> list[str]:
-        outputs = [stage.process(i) for i in readers.plan("d", dataset, records_per_shard)]
+        shards = Images(records_per_shard=records_per_shard)
+        outputs = [stage.process(i) for i in readers.plan("d", dataset, shards)]
         return [row["sha256"] for output in outputs for row in output.table.to_pylist()]
 
     assert rows(1) == rows(3) == rows(100)
@@ -154,10 +156,11 @@ def test_records_without_a_usable_id_are_counted(tmp_path: object) -> None:
     )
     storage.publish(f"{tmp_path}/a.parquet", storage.parquet_bytes(table, {}))
     dataset = Dataset(
-        layout="parquet", source=f"{tmp_path}/a.parquet", licence="CC0 1.0", id_field="id"
+        layout="parquet", source=f"{tmp_path}/a.parquet", licence="CC0 1.0", id_rule="{id}"
     )
-    (item,) = readers.plan("d", dataset, 10)
-    output = Ingest(f"{tmp_path}/R", {"d": dataset}, LIMITS).process(item)
+    (item,) = readers.plan("d", dataset, Images())
+    stage = Ingest(f"{tmp_path}/R", {"d": dataset}, {"d": None}, LIMITS, Fetch())
+    output = stage.process(item)
     assert output.counts == Counts(3, 1, {"bad_record": 2})
     assert output.rejected is not None
     assert output.rejected["key"].to_pylist() == [None, None]

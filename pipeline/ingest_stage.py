@@ -1,0 +1,263 @@
+"""The stage that makes R/images: one work item's records become one shard.
+
+What a source has is judged as it is read. What must be downloaded is judged in the order of
+arrival, beside the downloads, and published in the order of the source.
+"""
+
+import io
+import json
+import tarfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline import images, readers, storage
+from pipeline.dataset import Dataset
+from pipeline.errors import EvenmixError
+from pipeline.exclusions import load_exclusions
+from pipeline.fetch import Fetched, fetch_all
+from pipeline.images import Limits
+from pipeline.judge import Judge, Verdict
+from pipeline.readers.rules import Record
+from pipeline.reasons import RejectReason
+from pipeline.receipts import Counts
+from pipeline.recipe import Fetch
+from pipeline.records import FETCHED, IMAGES, INDEX, REJECTED, uniform_hash
+from pipeline.stage import REJECTED_SUFFIX, Observed, Output, WorkItem
+from pipeline.summary import dataset_url
+from pipeline.tars import TarWriter
+
+_MANY_DOWNLOADS = 20
+"""From so many on, it is no accident if all of them fail."""
+
+LedgerRow = Mapping[str, Any]
+"""A row of the table of rejected records."""
+
+
+@dataclass(frozen=True)
+class Ingest:
+    """The stage that makes R/images.
+
+    ``datasets`` are as they are read: mirrored, at a full revision. ``origins`` are the URLs where
+    they come from, None for a local one. ``sample_fraction`` takes that part of the records, by
+    hash of the key.
+    """
+
+    root: str
+    datasets: Mapping[str, Dataset]
+    origins: Mapping[str, str | None]
+    limits: Limits
+    fetch: Fetch
+    exclusions: str | None = None
+    sample_fraction: float = 1.0
+    name: str = "ingest"
+    version: int = 2
+    folder: str = IMAGES
+    resource_hints: Mapping[str, str] = field(default_factory=dict)
+
+    def config(self, dataset: str) -> Mapping[str, Any]:
+        """Return what decides the content of a shard: how records are read, what is kept.
+
+        The list of exclusions is not among it: a takedown must not make shards that are published
+        look wrong. A mixture, which can be cut again, has it in its own identity.
+        """
+        spec = self.datasets[dataset]
+        where_and_how_used = {"source", "mirror", "duplicates", "threshold"}
+        config: dict[str, Any] = {
+            "dataset": spec.model_dump(exclude=where_and_how_used, exclude_defaults=True),
+            "origin": self.origins[dataset],
+            "min_short_edge_px": self.limits.min_short_edge_px,
+            "max_pixels": self.limits.max_pixels,
+            "max_bytes": self.limits.max_bytes,
+        }
+        if spec.is_fetched:
+            config["opt_out"] = self.fetch.opt_out
+        if self.sample_fraction < 1:
+            config["sample_fraction"] = self.sample_fraction
+        return config
+
+    def process(self, item: WorkItem) -> Output:
+        """Read one item's records and judge each of them."""
+        dataset = self.datasets[item.dataset]
+        judge = Judge(
+            item.dataset,
+            dataset,
+            self.limits,
+            load_exclusions(self.exclusions),
+            {"source": self.origins[item.dataset], "revision": dataset.revision},
+        )
+        before = self._earlier_attempts(item)
+        records = self._asked_for(item, judge, before)
+        if not dataset.is_fetched:
+            verdicts = (judge.of_picture(record, record.picture) for record in records)
+            tar, kept, others = _write(verdicts)
+            return _output(tar, kept, [_ledger_row(verdict) for verdict in others])
+        downloads = _download(records, judge, self.fetch)
+        tar, kept, others = _write(downloads)
+        attempt = _Attempt(downloads, before)
+        return attempt.output(tar, kept, [attempt.ledger[v.record.locator] for v in others])
+
+    def _asked_for(
+        self, item: WorkItem, judge: Judge, before: Mapping[str, LedgerRow]
+    ) -> Iterator[Record]:
+        """Yield the item's records, or those of them that a trial or a retry is about."""
+        records = readers.read(self.datasets[item.dataset], item, self.limits.max_bytes)
+        for record in islice(records, item.inputs.get("first_records")):
+            key = judge.key_of(record)
+            if key is not None and uniform_hash(0, key, "sample") >= self.sample_fraction * 2**64:
+                continue
+            if "retries" not in item.inputs or record.locator in before:
+                yield record
+
+    def _earlier_attempts(self, item: WorkItem) -> dict[str, LedgerRow]:
+        """Return what a retry tries again, by locator: the ledger of the earlier generation."""
+        if "retries" not in item.inputs:
+            return {}
+        folder = dataset_url(self.root, self.folder, item.dataset)
+        url = storage.join(folder, f"{item.payload['retry_of']}{REJECTED_SUFFIX}")
+        return {
+            row["locator"]: row for row in storage.read_parquet(url).to_pylist() if row["retryable"]
+        }
+
+
+def _download(records: Iterable[Record], judge: Judge, policy: Fetch) -> list[Verdict]:
+    """Download the pictures of records and judge them; the verdicts are in their order."""
+    known = [(record, judge.without_picture(record)) for record in records]
+    wanted = [record for record, verdict in known if verdict is None]
+    urls = [str(record.image_url) for record in wanted]
+
+    def judge_download(number: int, fetched: Fetched) -> Verdict:
+        return judge.of_download(wanted[number], fetched)
+
+    downloaded = fetch_all(urls, policy, judge.limits.max_bytes, judge_download)
+    if policy.stop_when_unreachable and len(downloaded) >= _MANY_DOWNLOADS:
+        _refuse_unreachable(downloaded)
+    in_order = iter(downloaded)
+    return [verdict or next(in_order) for _, verdict in known]
+
+
+def _refuse_unreachable(downloaded: Sequence[Verdict]) -> None:
+    """Raise an EvenmixError if no server has answered at all: the fault is most likely ours."""
+    if all(v.retryable and v.fetched and v.fetched.status is None for v in downloaded):
+        reasons = Counter(str(verdict.reason) for verdict in downloaded)
+        counted = ", ".join(f"{reason} {n:,}" for reason, n in sorted(reasons.items()))
+        first = downloaded[0]
+        raise EvenmixError(
+            f"of {len(downloaded):,} downloads not one reached a server ({counted}; such as "
+            f"{first.record.image_url}: {first.detail}). If the network is down, start the same "
+            "command again when it is up: nothing is lost. If these servers are gone for good, set "
+            "fetch.stop_when_unreachable = false"
+        )
+
+
+def _write(verdicts: Iterable[Verdict]) -> tuple[bytes, list[dict[str, Any]], list[Verdict]]:
+    """Write the pictures that are kept into a tar, in order.
+
+    Returns the tar, the index of its pictures, and the verdicts on the other records.
+    """
+    tar, kept, others = TarWriter(), list[dict[str, Any]](), list[Verdict]()
+    for verdict in verdicts:
+        if verdict.row is None:
+            others.append(verdict)
+            continue
+        extension = images.EXTENSIONS[verdict.row["format"]]
+        offset = tar.add(f"{verdict.key}.{extension}", verdict.picture)
+        row = json.dumps(dict(verdict.row), sort_keys=True, ensure_ascii=False)
+        tar.add(f"{verdict.key}.json", row.encode())
+        kept.append({**verdict.row, "offset": offset})
+    return tar.close(), kept, others
+
+
+def _output(tar: bytes, kept: Sequence[Mapping[str, Any]], rejected: Sequence[LedgerRow]) -> Output:
+    reasons = Counter(str(row["reason"]) for row in rejected)
+    return Output(
+        table=pa.Table.from_pylist(kept, schema=INDEX),
+        counts=Counts(len(kept) + len(rejected), len(kept), dict(sorted(reasons.items()))),
+        tar=tar,
+        rejected=pa.Table.from_pylist(rejected, schema=REJECTED),
+    )
+
+
+def _ledger_row(verdict: Verdict) -> dict[str, Any]:
+    record = verdict.record
+    return {
+        "key": verdict.key,
+        "source_id": record.source_id,
+        "locator": record.locator,
+        "source_url": record.source_url,
+        "reason": verdict.reason,
+        "detail": verdict.detail,
+        "attempts": verdict.fetched.attempts if verdict.fetched else 0,
+        "retryable": verdict.retryable,
+    }
+
+
+class _Attempt:
+    """One attempt at the downloads of an item, of which another would have other results.
+
+    ``ledger`` has a row for each record, by locator: what is said of it if it is not kept.
+    """
+
+    def __init__(self, downloads: Sequence[Verdict], before: Mapping[str, LedgerRow]) -> None:
+        self._before = before
+        self._observed = pa.Table.from_pylist(
+            [_observation(verdict) for verdict in downloads if verdict.fetched], FETCHED
+        )
+        self.ledger: dict[str, LedgerRow] = {}
+        for verdict in downloads:
+            row = _ledger_row(verdict)
+            if verdict.row is not None:
+                row["reason"] = RejectReason.UNAVAILABLE
+                row["detail"] = "the attempt whose shard was published did not get it"
+                row["retryable"] = True
+            if verdict.record.locator in before:
+                row["attempts"] += before[verdict.record.locator]["attempts"]
+            self.ledger[verdict.record.locator] = row
+
+    def output(
+        self, tar: bytes, kept: Sequence[Mapping[str, Any]], rejected: Sequence[LedgerRow]
+    ) -> Output:
+        """Return the output of the item."""
+        output = _output(tar, kept, rejected)
+        retried = Counter(str(row["reason"]) for row in self._before.values())
+        counts = replace(output.counts, retried=dict(sorted(retried.items())))
+        return replace(output, counts=counts, observed=Observed(self._observed, self._adopt))
+
+    def _adopt(self, tar: bytes, rejected: pa.Table | None) -> Output:
+        """Return the output with the pictures, and the ledger, that another attempt published."""
+        kept = _index_of(tar)
+        located = {row["locator"] for row in kept}
+        own = [row for locator, row in self.ledger.items() if locator not in located]
+        return self.output(tar, kept, own if rejected is None else rejected.to_pylist())
+
+
+def _observation(verdict: Verdict) -> dict[str, Any]:
+    fetched = verdict.fetched
+    assert fetched is not None
+    return {
+        "key": verdict.key,
+        "url": fetched.url,
+        "final_url": fetched.final_url,
+        "status": fetched.status,
+        "outcome": verdict.reason or "kept",
+        "attempts": fetched.attempts,
+        "started": fetched.started,
+        "duration_s": fetched.duration_s,
+    }
+
+
+def _index_of(tar: bytes) -> list[dict[str, Any]]:
+    """Return the index of a shard's tar, from the rows that stand beside its pictures."""
+    with tarfile.open(fileobj=io.BytesIO(tar), mode="r:") as archive:
+        members = {member.name: member for member in archive}
+        rows = []
+        for name, member in members.items():
+            if name.endswith(".json"):
+                row = json.loads(tar[member.offset_data : member.offset_data + member.size])
+                picture = members[f"{row['key']}.{images.EXTENSIONS[row['format']]}"]
+                rows.append(row | {"offset": picture.offset_data})
+    return rows

@@ -1,0 +1,126 @@
+"""What becomes of a record: a picture of the corpus, or a line in the ledger that says why not."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from pipeline import images
+from pipeline.dataset import Dataset
+from pipeline.exclusions import Exclusions
+from pipeline.fetch import Fetched
+from pipeline.images import Limits
+from pipeline.readers.rules import Record
+from pipeline.reasons import PictureError, RejectReason
+from pipeline.records import key_of
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one record.
+
+    ``row`` is its row in the index, but for the offset, and None if it is not kept; then
+    ``reason``, ``detail`` and ``retryable`` say why, and whether a later download may succeed.
+    """
+
+    record: Record
+    key: str | None
+    picture: bytes = b""
+    row: Mapping[str, Any] | None = None
+    reason: RejectReason | None = None
+    detail: str = ""
+    retryable: bool = False
+    fetched: Fetched | None = None
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The rules for the records of one dataset.
+
+    ``origin`` are the columns of the index that are the same for the whole dataset: where it comes
+    from, and which revision of it.
+    """
+
+    name: str
+    dataset: Dataset
+    limits: Limits
+    exclusions: Exclusions
+    origin: Mapping[str, str | None]
+
+    def key_of(self, record: Record) -> str | None:
+        """Return the key of a record, None if it has no id."""
+        return key_of(self.name, record.source_id) if record.source_id else None
+
+    def without_picture(self, record: Record) -> Verdict | None:
+        """Return the verdict on a record that needs no look at its picture, else None."""
+        key = self.key_of(record)
+        if record.reason is not None:
+            return Verdict(record, key, reason=record.reason, detail=record.detail)
+        if key is None:
+            return Verdict(record, key, reason=RejectReason.BAD_RECORD, detail="it has no id")
+        by = self.exclusions.reason(key, (record.image_url, record.source_url))
+        if by is not None:
+            return Verdict(record, key, reason=RejectReason.EXCLUDED, detail=f"by its {by}")
+        return None
+
+    def of_picture(self, record: Record, picture: bytes) -> Verdict:
+        """Return the verdict on a record with the picture that its source has."""
+        known = self.without_picture(record)
+        return known or self._look(record, picture, None)
+
+    def of_download(self, record: Record, fetched: Fetched) -> Verdict:
+        """Return the verdict on a record whose picture was downloaded, or could not be."""
+        key = self.key_of(record)
+        if fetched.reason is not None:
+            return Verdict(
+                record,
+                key,
+                reason=fetched.reason,
+                detail=fetched.detail,
+                retryable=fetched.retryable,
+                fetched=fetched,
+            )
+        size = len(fetched.body)
+        by_url = any(fnmatchcase(fetched.final_url, p) for p in self.dataset.placeholder_urls)
+        if by_url or size in self.dataset.placeholder_bytes:
+            detail = f"{size} bytes from {fetched.final_url}"
+            reason = RejectReason.PLACEHOLDER
+            return Verdict(record, key, reason=reason, detail=detail, fetched=fetched)
+        return self._look(record, fetched.body, fetched)
+
+    def _look(self, record: Record, picture: bytes, fetched: Fetched | None) -> Verdict:
+        key = self.key_of(record)
+        try:
+            pixels = images.decode(picture, self.limits)
+            if len(picture) < self.dataset.min_bytes:
+                raise PictureError(RejectReason.PLACEHOLDER, f"only {len(picture)} bytes")
+            sha256 = hashlib.sha256(picture).hexdigest()
+            pixels_sha256 = images.sha256_of_pixels(pixels)
+            final_url = fetched.final_url if fetched else None
+            by = self.exclusions.reason(key, (final_url,), (sha256, pixels_sha256))
+            if by is not None:
+                raise PictureError(RejectReason.EXCLUDED, f"by its {by}")
+        except PictureError as error:
+            return Verdict(record, key, reason=error.reason, detail=error.detail, fetched=fetched)
+        header = images.probe(picture)
+        row = {
+            "key": key,
+            "source_id": record.source_id,
+            "join_id": record.join_id,
+            "join_ambiguous": record.join_ambiguous,
+            **self.origin,
+            "locator": record.locator,
+            "source_url": record.source_url,
+            "licence": record.licence or self.dataset.licence,
+            "text": record.text,
+            "fields": json.dumps(record.fields, sort_keys=True, ensure_ascii=False, default=str),
+            "format": header.format,
+            "width": header.width,
+            "height": header.height,
+            "num_bytes": len(picture),
+            "sha256": sha256,
+            "pixels_sha256": pixels_sha256,
+        }
+        return Verdict(record, key, picture, row, fetched=fetched)

@@ -1,0 +1,144 @@
+"""Downloads that are cut short: the next run ends with the files of one that was not."""
+
+import hashlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.corpora import evenmix, finish
+from tests.pictures import save, smooth
+from tests.site import Site, serve
+
+RECIPE = """
+root = "{root}"
+[images]
+min_short_edge_px = 32
+records_per_shard = 24
+[fetch]
+timeout_s = 5
+attempts = 1
+per_host = 4
+allow_private_addresses = true
+[datasets.web]
+layout = "url_list"
+source = "{source}"
+licence = "CC0 1.0"
+id_rule = "{{id}}"
+image_url = "{{url}}"
+[captions.own]
+engine = "source"
+[mixture]
+name = "m"
+resolution = 32
+captions = "own"
+"""
+NUM_PICTURES = 240
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[Site]:
+    """A site with many pictures; every seventh is gone."""
+    with serve() as site:
+        for number in range(NUM_PICTURES):
+            if number % 7:
+                picture = save(smooth(40, 40 + number), "PNG")
+                site.answers[f"/{number}"] = (200, picture, {})
+        yield site
+
+
+@pytest.fixture(scope="module")
+def source(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("source") / "urls.parquet"
+    rows = [{"id": n, "url": f"{site.url}/{n}"} for n in range(NUM_PICTURES)]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def write_recipe(folder: Path, source: Path) -> Path:
+    path = folder / "recipe.toml"
+    text = RECIPE.format(root=folder / "corpus", source=source)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def hashes(root: Path) -> dict[str, str]:
+    """Hash what must be equal: everything but the times of the downloads."""
+    return {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in root.rglob("*")
+        if path.is_file() and not path.name.endswith(".fetch.parquet")
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    printed = finish(evenmix("ingest", str(write_recipe(folder, source)), "--workers=2"))
+    assert "240 in, 205 out http_error 35" in printed
+    return hashes(folder / "corpus")
+
+
+def test_a_run_killed_at_any_moment_ends_with_the_same_files(
+    source: Path, site: Site, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path, source)
+    kills = 0
+    # Slow enough for a kill to come in the middle: 240 pictures, 8 at a time, in 3 s.
+    site.delay_s = 0.1
+    try:
+        for seconds in np.random.default_rng(0).uniform(2, 5, 4):
+            run = evenmix("ingest", str(recipe), "--workers=2", start_new_session=True)
+            try:
+                run.communicate(timeout=seconds)
+            except subprocess.TimeoutExpired:
+                os.killpg(run.pid, signal.SIGKILL)
+                run.communicate()
+                kills += 1
+            else:
+                break
+    finally:
+        site.delay_s = 0.0
+    assert kills >= 2
+    finish(evenmix("ingest", str(recipe), "--workers=2"))
+    assert hashes(tmp_path / "corpus") == undisturbed
+
+
+def test_a_full_disk_stops_the_run_and_the_next_goes_on(
+    source: Path, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    """The kernel refuses files above 20 kB, as a full disk does."""
+    recipe = write_recipe(tmp_path, source)
+    limited = f"ulimit -f 20; exec {shlex.quote(sys.executable)} -m pipeline.cli ingest"
+    command = ["bash", "-c", f"{limited} {shlex.quote(str(recipe))} --workers=2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: cannot write {tmp_path}/corpus/images/web/urls-")
+    finish(evenmix("ingest", str(recipe), "--workers=2"))
+    assert hashes(tmp_path / "corpus") == undisturbed
+
+
+def test_a_network_that_is_down_stops_the_run_and_the_next_goes_on(
+    source: Path, site: Site, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path, source)
+    site.is_down = True
+    try:
+        run = evenmix("ingest", str(recipe), "--workers=1")
+        printed, _ = run.communicate(timeout=60)
+    finally:
+        site.is_down = False
+    assert run.returncode == 1
+    (line,) = printed.splitlines()
+    assert "of 24 downloads not one reached a server (connection_failed 24; such as " in line
+    finish(evenmix("ingest", str(recipe), "--workers=2"))
+    assert hashes(tmp_path / "corpus") == undisturbed
