@@ -189,7 +189,8 @@ def read_bytes(url: str, offset: int = 0, length: int | None = None) -> bytes:
     if len(data) != length:
         raise EvenmixError(
             f"{url} is shorter than expected: {length} bytes asked for at {offset}, "
-            f"{len(data)} there. The file is damaged; `evenmix verify` tells more."
+            f"{len(data)} there. It is damaged or has changed; in a corpus, `evenmix verify` tells "
+            "more."
         )
     return data
 

@@ -269,7 +269,9 @@ def test_a_source_that_changes_while_it_is_copied_is_refused(
 
     def publish_and_change(url: str, data: bytes) -> bool:
         if url.endswith("part-00003"):
-            write_tar(tmp_path / "web/places.tar", seed=2)
+            # In one step: a server would not show half of it.
+            write_tar(tmp_path / "new.tar", seed=2)
+            (tmp_path / "new.tar").replace(tmp_path / "web/places.tar")
         return publish(url, data)
 
     monkeypatch.setattr(storage, "publish", publish_and_change)

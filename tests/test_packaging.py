@@ -54,7 +54,7 @@ def test_a_machine_needs_only_its_own_extras(packages: str, forbidden: str, but:
 
 def test_the_pipeline_does_not_import_what_stands_on_it() -> None:
     """Only the table of sub-commands and the list of stages name the other packages, as strings."""
-    for path in (ROOT / "pipeline").glob("*.py"):
+    for path in (ROOT / "pipeline").rglob("*.py"):
         for line in path.read_text(encoding="utf-8").splitlines():
             for package in ("captioning", "dedup", "mixing", "train"):
                 assert not line.lstrip().startswith((f"import {package}", f"from {package}")), path

@@ -28,7 +28,7 @@ from pipeline.stage import WorkItem
 from pipeline.storage import FileInfo
 
 MAX_DOCUMENT_BYTES = 512 << 20
-"""The largest JSON document that is parsed, which takes about six times that in memory."""
+"""The largest JSON document that is parsed, which takes about five times that in memory."""
 
 _RECORD_BYTES = 600  # what a record of RedCaps takes, by which documents are cut into parts
 _BATCH_ROWS = 512
