@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pipeline.catalog import CATALOG
-from pipeline.readers.rules import PLACE_NAMES, describe, path_values, value_names
+from pipeline.readers.rules import describe, path_values, value_names
 
 PLACES = "places365-challenge2016"
 NO_DIGEST = "d41d8cd98f0b24e980998ecf8427e"
@@ -73,7 +73,8 @@ def test_a_revision_is_a_whole_commit(name: str) -> None:
 def test_rules_use_known_columns_only(name: str) -> None:
     entry = CATALOG[name]
     pattern = re.compile(entry.dataset.path_pattern or "")
-    columns = set(value_names(entry.dataset)) - PLACE_NAMES - pattern.groupindex.keys()
+    places = {"path", "folder", "parent", "stem", "key", "file", "row"}
+    columns = set(value_names(entry.dataset)) - places - pattern.groupindex.keys()
     if entry.dataset.layout == "parquet":
         columns.add(entry.dataset.image_field)
     assert not [

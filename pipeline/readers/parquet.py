@@ -5,7 +5,9 @@ decoding it from its beginning.
 """
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import PurePosixPath
 from typing import Any
@@ -21,8 +23,10 @@ from pipeline.readers.rules import Record, describe, path_values, value_names
 from pipeline.reasons import RejectReason
 from pipeline.recipe import Images
 from pipeline.stage import WorkItem
+from pipeline.storage import FileInfo
 
 _BATCH_ROWS = 16
+_CONCURRENT_FOOTERS = 16  # a dataset can have thousands of files on a server far away
 
 
 def plan(name: str, dataset: Dataset, images: Images) -> list[WorkItem]:
@@ -33,11 +37,12 @@ def plan(name: str, dataset: Dataset, images: Images) -> list[WorkItem]:
     """
     files = storage.glob_files(dataset.source)
     items, mistakes = list[WorkItem](), list[str]()
-    for file, identity in zip(files, identities(files), strict=True):
-        try:
-            group_rows = _check(dataset, file.name, file.url)
-        except EvenmixError as error:
-            mistakes.append(str(error))
+    with ThreadPoolExecutor(_CONCURRENT_FOOTERS) as pool:
+        footers = pool.map(partial(_rows_or_mistake, dataset), files)
+        found = list(zip(files, identities(files), footers, strict=True))
+    for file, identity, group_rows in found:
+        if isinstance(group_rows, EvenmixError):
+            mistakes.append(str(group_rows))
             continue
         items += [
             WorkItem(
@@ -114,6 +119,13 @@ def _batches(
             row += batch.num_rows
             if row >= stop:
                 break
+
+
+def _rows_or_mistake(dataset: Dataset, file: FileInfo) -> list[int] | EvenmixError:
+    try:
+        return _check(dataset, file.name, file.url)
+    except EvenmixError as error:
+        return error
 
 
 def _check(dataset: Dataset, name: str, url: str) -> list[int]:

@@ -26,9 +26,6 @@ from typing import Any
 from pipeline.dataset import Dataset, Layout
 from pipeline.reasons import RejectReason
 
-PLACE_NAMES = {"path", "folder", "parent", "stem", "key", "file", "row"}
-"""The names of values that come from a record's place."""
-
 _DEFAULT_ID_RULES: dict[Layout, str] = {"folder": "{path}", "tar": "{path}", "webdataset": "{key}"}
 _NAME = re.compile(r"\{(\w+)(?::(\w+))?\}")
 
