@@ -117,6 +117,12 @@ def decode(data: bytes, limits: Limits) -> Pixels:
     Raises:
         PictureError: for all that is wrong with the bytes, and for a picture outside ``limits``.
     """
+    _, pixels = read(data, limits)
+    return pixels
+
+
+def read(data: bytes, limits: Limits) -> tuple[Header, Pixels]:
+    """Return a picture's header and its pixels; as :func:`probe` and :func:`decode`, in one go."""
     if len(data) > limits.max_bytes:
         raise PictureError(RejectReason.TOO_MANY_BYTES, f"{len(data)} bytes")
     image, header, orientation = _open(data)
@@ -130,7 +136,7 @@ def decode(data: bytes, limits: Limits) -> Pixels:
         pixels = np.ascontiguousarray(pixels[::row_step, ::column_step])
     if pixels.shape != (header.height, header.width, 3):
         raise PictureError(RejectReason.UNDECODABLE, "the picture has not the size of its header")
-    return pixels
+    return header, pixels
 
 
 def resize_and_crop_square(
@@ -269,7 +275,8 @@ def _to_rgb(image: Image.Image) -> Pixels:
         over_white = Image.new("RGB", image.size, "white")
         over_white.paste(rgba.convert("RGB"), mask=rgba.getchannel("A"))
         return np.asarray(over_white)
-    return np.asarray(image.convert("RGB"))
+    # Pillow would copy one that is RGB already.
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _resized_size(pixels: Pixels, target_px: int) -> tuple[int, int]:

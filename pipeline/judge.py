@@ -93,7 +93,7 @@ class Judge:
     def _look(self, record: Record, picture: bytes, fetched: Fetched | None) -> Verdict:
         key = self.key_of(record)
         try:
-            pixels = images.decode(picture, self.limits)
+            header, pixels = images.read(picture, self.limits)
             if len(picture) < self.dataset.min_bytes:
                 raise PictureError(RejectReason.PLACEHOLDER, f"only {len(picture)} bytes")
             sha256 = hashlib.sha256(picture).hexdigest()
@@ -104,7 +104,6 @@ class Judge:
                 raise PictureError(RejectReason.EXCLUDED, f"by its {by}")
         except PictureError as error:
             return Verdict(record, key, reason=error.reason, detail=error.detail, fetched=fetched)
-        header = images.probe(picture)
         row = {
             "key": key,
             "source_id": record.source_id,

@@ -265,16 +265,15 @@ def publish_item(stage: Stage, item: WorkItem) -> None:
         _refuse_other_identity(stage, item.dataset, item.shard, read_receipt(url), identity)
         return
     output = stage.process(item)
-    stem = url.removesuffix(".parquet")
-    if output.observed is not None:
-        output = _agree_on_observed(output, output.observed, stem, fingerprint(identity))
     if not output.counts.is_conserved():
         raise AssertionError(
             f"{stage.name} {item.dataset}/{item.shard} lost records: {output.counts}"
         )
-    rejected = None
-    if output.rejected is not None and output.rejected.num_rows:
-        rejected = storage.parquet_bytes(output.rejected, {})
+    stem = url.removesuffix(".parquet")
+    if output.observed is not None:
+        output, rejected = _publish_observed(output, output.observed, stem, fingerprint(identity))
+    else:
+        rejected = _publish_repeatable(output, stem)
     receipt = Receipt(
         identity=identity,
         counts=output.counts,
@@ -282,24 +281,42 @@ def publish_item(stage: Stage, item: WorkItem) -> None:
         tar=None if output.tar is None else checksum([output.tar]),
         rejected=None if rejected is None else checksum([rejected]),
     )
-    if output.tar is not None:
-        _publish_beside_commit(f"{stem}.tar", output.tar, url)
-    if rejected is not None:
-        _publish_beside_commit(f"{stem}{REJECTED_SUFFIX}", rejected, url)
     metadata = {METADATA_KEY: receipt.to_json()}
     if not storage.publish(url, storage.parquet_bytes(output.table, metadata)):
         _refuse_other_identity(stage, item.dataset, item.shard, read_receipt(url), identity)
 
 
-def _agree_on_observed(
+def _rejected_bytes(output: Output) -> bytes | None:
+    """Return the file of an item's rejected records, None if there are none."""
+    if output.rejected is None or not output.rejected.num_rows:
+        return None
+    return storage.parquet_bytes(output.rejected, {})
+
+
+def _publish_repeatable(output: Output, stem: str) -> bytes | None:
+    """Publish what stands beside a commit that any attempt makes alike.
+
+    Returns the file of rejected records.
+    """
+    rejected = _rejected_bytes(output)
+    if output.tar is not None:
+        _publish_beside_commit(f"{stem}.tar", output.tar, f"{stem}.parquet")
+    if rejected is not None:
+        _publish_beside_commit(f"{stem}{REJECTED_SUFFIX}", rejected, f"{stem}.parquet")
+    return rejected
+
+
+def _publish_observed(
     output: Output, observed: Observed, stem: str, item_fingerprint: str
-) -> Output:
-    """Publish what an item observed beside its commit, or take over what is there already.
+) -> tuple[Output, bytes | None]:
+    """Publish what stands beside a commit that another attempt would make otherwise.
 
     Of several attempts at an item, killed or still alive, the first to publish its tar decides
     which pictures are kept, and the first to publish rejected records decides why the others are
     not. No attempt replaces another's file, so whichever commits, commits to files that stay. The
     observations come first and carry the item's fingerprint, by which attempts know each other.
+
+    Returns the output as it is published, and the file of rejected records.
     """
     tar, tar_url, rejected_url = output.tar, f"{stem}.tar", f"{stem}{REJECTED_SUFFIX}"
     assert tar is not None
@@ -314,11 +331,11 @@ def _agree_on_observed(
     if not storage.publish(tar_url, tar):
         tar = storage.read_bytes(tar_url)
         output = observed.adopt(tar, None)
-    rejected = output.rejected
-    assert rejected is not None
-    if rejected.num_rows and not storage.publish(rejected_url, storage.parquet_bytes(rejected, {})):
+    rejected = _rejected_bytes(output)
+    if rejected is not None and not storage.publish(rejected_url, rejected):
+        rejected = storage.read_bytes(rejected_url)
         output = observed.adopt(tar, storage.read_parquet(rejected_url))
-    return output
+    return output, rejected
 
 
 def _publish_beside_commit(url: str, data: bytes, commit_url: str) -> None:

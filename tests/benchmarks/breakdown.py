@@ -21,8 +21,7 @@ from pipeline.tars import TarWriter
 
 _PARTS: list[tuple[str, Any, str]] = [
     ("network (the event loop's thread)", ingest_stage, "fetch_all"),
-    ("decode check", images, "decode"),
-    ("decode check", images, "probe"),
+    ("decode check", images, "read"),
     ("hash of the pixels", images, "sha256_of_pixels"),
     ("write", TarWriter, "add"),
     ("write", TarWriter, "close"),
