@@ -11,6 +11,7 @@ from pipeline import storage
 from pipeline.beam_job import RunnerOptions
 from pipeline.command_options import add_stage_arguments, recipe_of, runner_of
 from pipeline.errors import EvenmixError
+from pipeline.exclusions import stored_exclusions
 from pipeline.progress import console, reasons_text
 from pipeline.receipts import Receipt
 from pipeline.recipe import Recipe
@@ -34,6 +35,8 @@ def run_recipe(recipe: Recipe, runner: RunnerOptions) -> None:
     Raises:
         EvenmixError: a dataset has no pictures for it, or another mixture has its name.
     """
+    exclusions = stored_exclusions(recipe.root, recipe.exclusions)
+    recipe = recipe.model_copy(update={"exclusions": exclusions})
     select = Select(recipe)
     refuse_empty(run_stage(select, select.plan(), runner))
     write = Write(recipe)

@@ -25,7 +25,9 @@ from pipeline.summary import finished_shards, read_shard
 
 SHARD = "selected"
 _HASH_RANGE = 1 << 64
-_INDEX_COLUMNS = ["key", "width", "height", "source_url", "sha256", "pixels_sha256"]
+_INDEX_COLUMNS = [
+    "key", "width", "height", "source_url", "final_url", "sha256", "pixels_sha256",
+]  # fmt: skip
 
 SELECTION = pa.schema(
     [
@@ -128,7 +130,8 @@ class Select:
                 )
             reason = None
             hashes = (picture["sha256"], picture["pixels_sha256"])
-            if exclusions.reason(picture["key"], (picture["source_url"],), hashes):
+            urls = (picture["source_url"], picture["final_url"])
+            if exclusions.reason(picture["key"], urls, hashes):
                 reason = RejectReason.EXCLUDED
             elif duplicate["rule"] is not None:
                 reason = RejectReason(duplicate["rule"])

@@ -15,9 +15,8 @@ from pipeline.catalog import Entry
 from pipeline.dataset import Dataset
 from pipeline.errors import EvenmixError
 from pipeline.exclusions import Exclusions
-from pipeline.fetch import fetch_all
 from pipeline.images import Limits
-from pipeline.judge import Judge, Verdict
+from pipeline.judge import Judge, Verdict, download
 from pipeline.readers.rules import Record
 from pipeline.recipe import Fetch, Images
 from pipeline.storage import FileInfo
@@ -122,17 +121,9 @@ def _check_columns(entry: Entry, found: Sequence[str]) -> Iterator[Finding]:
 def _judge(name: str, dataset: Dataset, records: Sequence[Record], fetch: Fetch) -> list[Verdict]:
     """Judge records as ingest does, but for the size of their pictures."""
     judge = Judge(name, dataset, _LIMITS, Exclusions(), {})
-    if not dataset.is_fetched:
-        return [judge.of_picture(record, record.picture) for record in records]
-    verdicts = [judge.without_picture(record) for record in records]
-    wanted = [record for record in records if record.reason is None]
-    downloaded = fetch_all(
-        [str(record.image_url) for record in wanted],
-        fetch,
-        _LIMITS.max_bytes,
-        lambda number, fetched: judge.of_download(wanted[number], fetched),
-    )
-    return [verdict for verdict in verdicts if verdict] + downloaded
+    if dataset.is_fetched:
+        return download(records, judge, fetch)
+    return [judge.of_picture(record, record.picture) for record in records]
 
 
 def _check_records(entry: Entry, verdicts: Sequence[Verdict]) -> Iterator[Finding]:

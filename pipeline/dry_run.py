@@ -16,8 +16,8 @@ _HOSTS_SHOWN = 5
 def print_dry_run(stage: Ingest, items: Sequence[WorkItem]) -> None:
     """Print the plan of an ingest to standard output. Nothing is written to the root."""
     console = Console(highlight=False, soft_wrap=True)
-    for name, dataset in sorted(stage.datasets.items()):
-        own = [item for item in items if item.dataset == name]
+    for name in sorted({item.dataset for item in items}):
+        dataset, own = stage.datasets[name], [item for item in items if item.dataset == name]
         console.print(f"{name}: {dataset.layout} at {dataset.source}", markup=False)
         if dataset.revision:
             console.print(f"  revision {dataset.revision}", markup=False)
@@ -27,7 +27,12 @@ def print_dry_run(stage: Ingest, items: Sequence[WorkItem]) -> None:
         num_bytes = sum(inputs["num_bytes"] for inputs in files.values())
         size = f"{num_files:,} files, {num_bytes:,} bytes"
         console.print(f"  {size}, into {len(own):,} shards of {stage.root}", markup=False)
-        if dataset.is_fetched:
+        if "retries" in own[0].inputs:
+            num_records = sum(len(stage.earlier_attempts(item)) for item in own)
+            console.print(
+                f"  of them the {num_records:,} records that may be had now", markup=False
+            )
+        elif dataset.is_fetched:
             hosts = Counter(
                 urlsplit(record.image_url or "").hostname or "(no URL)"
                 for record in readers.read(dataset, own[0], stage.limits.max_bytes)

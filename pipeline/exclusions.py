@@ -19,7 +19,7 @@ from functools import lru_cache
 
 from pipeline import storage
 from pipeline.errors import EvenmixError
-from pipeline.records import key_of
+from pipeline.records import EXCLUSIONS, key_of
 
 _LINE = {
     "key": re.compile(r"[0-9a-f]{32}"),
@@ -47,6 +47,20 @@ class Exclusions:
         if not self.urls.isdisjoint(urls):
             return "url"
         return None if self.hashes.isdisjoint(hashes) else "sha256"
+
+
+def stored_exclusions(root: str, url: str | None) -> str | None:
+    """Check a list, copy it into the corpus, where every worker can read it, and return that URL.
+
+    Raises:
+        EvenmixError: as :func:`load_exclusions`.
+    """
+    if url is None:
+        return None
+    stored = storage.join(root, EXCLUSIONS, f"{load_exclusions(url).digest}.txt")
+    if not storage.exists(stored):
+        storage.publish(stored, storage.read_bytes(url))
+    return stored
 
 
 @lru_cache(maxsize=2)

@@ -107,12 +107,14 @@ class _Failure(Exception):
         detail: str,
         *,
         retryable: bool = False,
+        retryable_later: bool = False,
         retry_after_s: float = 0.0,
     ) -> None:
         super().__init__(detail)
         self.reason = reason
         self.detail = detail
         self.retryable = retryable
+        self.retryable_later = retryable or retryable_later
         self.retry_after_s = retry_after_s
 
 
@@ -147,7 +149,7 @@ class _Visit:
             reason=failure.reason if failure else None,
             # Words of servers may hold what UTF-8 cannot.
             detail=detail.encode(errors="backslashreplace").decode()[:_MAX_DETAIL_CHARS],
-            retryable=failure.retryable if failure else False,
+            retryable=failure.retryable_later if failure else False,
             attempts=self.attempts,
             started=self.started or datetime.now(UTC),
             duration_s=self.duration_s,
@@ -275,6 +277,8 @@ class _Client:
                 RejectReason.UNKNOWN_HOST,
                 f"{url.host}: {error.strerror}",
                 retryable=is_temporary(error),
+                # Where there is no network, names seem not to exist.
+                retryable_later=True,
             ) from error
         except TimeoutError as error:
             raise _Failure(
@@ -286,7 +290,7 @@ class _Client:
             raise _Failure(RejectReason.BAD_URL, str(error)) from error
         except aiohttp.ClientResponseError as error:
             raise _Failure(RejectReason.BAD_RESPONSE, f"broken HTTP: {error.message}") from error
-        except aiohttp.ClientSSLError as error:
+        except aiohttp.ClientConnectorCertificateError as error:
             raise _Failure(RejectReason.CONNECTION_FAILED, str(error)) from error
         except (aiohttp.ClientError, OSError) as error:
             raise _connection_failed(error) from error

@@ -17,17 +17,18 @@ from pipeline.config_file import configure
 from pipeline.dataset import Dataset
 from pipeline.dry_run import print_dry_run
 from pipeline.errors import EvenmixError
+from pipeline.exclusions import load_exclusions, stored_exclusions
 from pipeline.images import Limits
 from pipeline.ingest_stage import Ingest
 from pipeline.mirror import mirrored
-from pipeline.progress import console, print_counts
+from pipeline.progress import console
 from pipeline.receipts import read_receipt
 from pipeline.recipe import Corpus, Recipe
 from pipeline.records import IMAGES
 from pipeline.retry import retry_items
 from pipeline.run import run_stage
 from pipeline.stage import WorkItem, committed_shards
-from pipeline.summary import dataset_url, read_summary
+from pipeline.summary import dataset_url
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,16 @@ EVERYTHING = Trial()
 
 
 def check(recipe: Recipe) -> None:
-    """Check that every dataset's source is there.
+    """Check that every dataset's source is there, and the list of exclusions is one.
 
     Raises:
         EvenmixError: with all that are not.
     """
     obstacles = []
+    try:
+        load_exclusions(recipe.exclusions)
+    except EvenmixError as error:
+        obstacles.append(str(error))
     for name, dataset in recipe.datasets.items():
         try:
             located = _locate(recipe.root, name, dataset)
@@ -62,7 +67,7 @@ def check(recipe: Recipe) -> None:
 def run_recipe(recipe: Recipe, runner: RunnerOptions) -> None:
     """Ingest all datasets of a recipe."""
     stage, items = plan(recipe)
-    run_stage(stage, items, runner)
+    _run(stage, items, runner)
 
 
 def plan(corpus: Corpus, trial: Trial = EVERYTHING) -> tuple[Ingest, list[WorkItem]]:
@@ -175,21 +180,21 @@ def run(args: argparse.Namespace) -> int:
     """Run `evenmix ingest`."""
     corpus, trial, runner = _corpus_of(args), _trial_of(args), runner_of(args)
     stage, items = plan(corpus, trial)
-    if args.dry_run:
-        print_dry_run(stage, items)
-        return 0
     if args.retry:
         items = retry_items(stage, items)
         if not items:
             console.print("ingest: no failed download that may be had now; nothing to do")
             return 0
-    run_stage(stage, items, runner)
-    if args.retry:
-        summaries = {name: read_summary(corpus.root, IMAGES, name) for name in corpus.datasets}
-        print_counts(
-            "all generations", {name: found.counts for name, found in summaries.items() if found}
-        )
+    if args.dry_run:
+        print_dry_run(stage, items)
+        return 0
+    _run(stage, items, runner)
     return 0
+
+
+def _run(stage: Ingest, items: Sequence[WorkItem], runner: RunnerOptions) -> None:
+    stored = stored_exclusions(stage.root, stage.exclusions)
+    run_stage(replace(stage, exclusions=stored), items, runner)
 
 
 def _trial_of(args: argparse.Namespace) -> Trial:

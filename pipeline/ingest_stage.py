@@ -19,9 +19,8 @@ from pipeline import images, readers, storage
 from pipeline.dataset import Dataset
 from pipeline.errors import EvenmixError
 from pipeline.exclusions import load_exclusions
-from pipeline.fetch import Fetched, fetch_all
 from pipeline.images import Limits
-from pipeline.judge import Judge, Verdict
+from pipeline.judge import Judge, Verdict, download
 from pipeline.readers.rules import Record
 from pipeline.reasons import RejectReason
 from pipeline.receipts import Counts
@@ -90,13 +89,16 @@ class Ingest:
             load_exclusions(self.exclusions),
             {"source": self.origins[item.dataset], "revision": dataset.revision},
         )
-        before = self._earlier_attempts(item)
+        before = self.earlier_attempts(item)
         records = self._asked_for(item, judge, before)
         if not dataset.is_fetched:
             verdicts = (judge.of_picture(record, record.picture) for record in records)
-            tar, kept, others = _write(verdicts)
+            tar, kept, others = _write(_first_of_each_id(verdicts))
             return _output(tar, kept, [_ledger_row(verdict) for verdict in others])
-        downloads = _download(records, judge, self.fetch)
+        downloads = list(_first_of_each_id(download(records, judge, self.fetch)))
+        # A retry is about failures alone, and may well be one about dead servers.
+        if self.fetch.stop_when_unreachable and "retries" not in item.inputs:
+            _refuse_unreachable(downloads)
         tar, kept, others = _write(downloads)
         attempt = _Attempt(downloads, before)
         return attempt.output(tar, kept, [attempt.ledger[v.record.locator] for v in others])
@@ -113,7 +115,7 @@ class Ingest:
             if "retries" not in item.inputs or record.locator in before:
                 yield record
 
-    def _earlier_attempts(self, item: WorkItem) -> dict[str, LedgerRow]:
+    def earlier_attempts(self, item: WorkItem) -> dict[str, LedgerRow]:
         """Return what a retry tries again, by locator: the ledger of the earlier generation."""
         if "retries" not in item.inputs:
             return {}
@@ -124,34 +126,38 @@ class Ingest:
         }
 
 
-def _download(records: Iterable[Record], judge: Judge, policy: Fetch) -> list[Verdict]:
-    """Download the pictures of records and judge them; the verdicts are in their order."""
-    known = [(record, judge.without_picture(record)) for record in records]
-    wanted = [record for record, verdict in known if verdict is None]
-    urls = [str(record.image_url) for record in wanted]
+def _first_of_each_id(verdicts: Iterable[Verdict]) -> Iterator[Verdict]:
+    """Reject a record whose id an earlier one of the shard has, if that one is kept.
 
-    def judge_download(number: int, fetched: Fetched) -> Verdict:
-        return judge.of_download(wanted[number], fetched)
+    Records in different shards that share an id are found by dedup, as exact copies.
+    """
+    kept: dict[str, str] = {}
+    for verdict in verdicts:
+        if verdict.row is None or verdict.key is None:
+            yield verdict
+        elif verdict.key in kept:
+            detail = f"{kept[verdict.key]} has the same id"
+            reason = RejectReason.DUPLICATE_ID
+            yield replace(verdict, picture=b"", row=None, reason=reason, detail=detail)
+        else:
+            kept[verdict.key] = verdict.record.locator
+            yield verdict
 
-    downloaded = fetch_all(urls, policy, judge.limits.max_bytes, judge_download)
-    if policy.stop_when_unreachable and len(downloaded) >= _MANY_DOWNLOADS:
-        _refuse_unreachable(downloaded)
-    in_order = iter(downloaded)
-    return [verdict or next(in_order) for _, verdict in known]
 
-
-def _refuse_unreachable(downloaded: Sequence[Verdict]) -> None:
+def _refuse_unreachable(downloads: Sequence[Verdict]) -> None:
     """Raise an EvenmixError if no server has answered at all: the fault is most likely ours."""
-    if all(v.retryable and v.fetched and v.fetched.status is None for v in downloaded):
-        reasons = Counter(str(verdict.reason) for verdict in downloaded)
-        counted = ", ".join(f"{reason} {n:,}" for reason, n in sorted(reasons.items()))
-        first = downloaded[0]
-        raise EvenmixError(
-            f"of {len(downloaded):,} downloads not one reached a server ({counted}; such as "
-            f"{first.record.image_url}: {first.detail}). If the network is down, start the same "
-            "command again when it is up: nothing is lost. If these servers are gone for good, set "
-            "fetch.stop_when_unreachable = false"
-        )
+    tried = [verdict for verdict in downloads if verdict.fetched and verdict.fetched.attempts]
+    unreached = [verdict for verdict in tried if verdict.fetched and verdict.fetched.status is None]
+    if len(tried) < _MANY_DOWNLOADS or len(unreached) < len(tried):
+        return
+    reasons = Counter(str(verdict.reason) for verdict in tried)
+    counted = ", ".join(f"{reason} {n:,}" for reason, n in sorted(reasons.items()))
+    raise EvenmixError(
+        f"of {len(tried):,} downloads not one reached a server ({counted}; such as "
+        f"{tried[0].record.image_url}: {tried[0].detail}). If the network is down, start the same "
+        "command again when it is up: nothing is lost. If these servers are gone for good, set "
+        "fetch.stop_when_unreachable = false in a recipe"
+    )
 
 
 def _write(verdicts: Iterable[Verdict]) -> tuple[bytes, list[dict[str, Any]], list[Verdict]]:
@@ -251,13 +257,11 @@ def _observation(verdict: Verdict) -> dict[str, Any]:
 
 
 def _index_of(tar: bytes) -> list[dict[str, Any]]:
-    """Return the index of a shard's tar, from the rows that stand beside its pictures."""
+    """Return the index of a shard's tar, from the rows that stand behind its pictures."""
+    rows = []
     with tarfile.open(fileobj=io.BytesIO(tar), mode="r:") as archive:
-        members = {member.name: member for member in archive}
-        rows = []
-        for name, member in members.items():
-            if name.endswith(".json"):
-                row = json.loads(tar[member.offset_data : member.offset_data + member.size])
-                picture = members[f"{row['key']}.{images.EXTENSIONS[row['format']]}"]
-                rows.append(row | {"offset": picture.offset_data})
+        members = iter(archive)
+        for picture, described in zip(members, members, strict=True):
+            data = tar[described.offset_data : described.offset_data + described.size]
+            rows.append(json.loads(data) | {"offset": picture.offset_data})
     return rows

@@ -1,8 +1,11 @@
-"""What becomes of a record: a picture of the corpus, or a line in the ledger that says why not."""
+"""What becomes of a record: a picture of the corpus, or a line in the ledger that says why not.
+
+What a source has is judged as it is read; what must be downloaded is judged as it arrives.
+"""
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -10,10 +13,11 @@ from typing import Any
 from pipeline import images
 from pipeline.dataset import Dataset
 from pipeline.exclusions import Exclusions
-from pipeline.fetch import Fetched
+from pipeline.fetch import Fetched, fetch_all
 from pipeline.images import Limits
 from pipeline.readers.rules import Record
 from pipeline.reasons import PictureError, RejectReason
+from pipeline.recipe import Fetch
 from pipeline.records import key_of
 
 
@@ -92,13 +96,13 @@ class Judge:
 
     def _look(self, record: Record, picture: bytes, fetched: Fetched | None) -> Verdict:
         key = self.key_of(record)
+        final_url = fetched.final_url if fetched else None
         try:
             header, pixels = images.read(picture, self.limits)
-            if len(picture) < self.dataset.min_bytes:
+            if fetched and len(picture) < self.dataset.min_bytes:
                 raise PictureError(RejectReason.PLACEHOLDER, f"only {len(picture)} bytes")
             sha256 = hashlib.sha256(picture).hexdigest()
             pixels_sha256 = images.sha256_of_pixels(pixels)
-            final_url = fetched.final_url if fetched else None
             by = self.exclusions.reason(key, (final_url,), (sha256, pixels_sha256))
             if by is not None:
                 raise PictureError(RejectReason.EXCLUDED, f"by its {by}")
@@ -112,6 +116,7 @@ class Judge:
             **self.origin,
             "locator": record.locator,
             "source_url": record.source_url,
+            "final_url": None if final_url == record.image_url else final_url,
             "licence": record.licence or self.dataset.licence,
             "text": record.text,
             "fields": json.dumps(record.fields, sort_keys=True, ensure_ascii=False, default=str),
@@ -123,3 +128,21 @@ class Judge:
             "pixels_sha256": pixels_sha256,
         }
         return Verdict(record, key, picture, row, fetched=fetched)
+
+
+def download(records: Iterable[Record], judge: Judge, policy: Fetch) -> list[Verdict]:
+    """Download the pictures of records and return the verdicts, in the order of the records.
+
+    What needs no look at its picture is not downloaded.
+    """
+    known = [(record, judge.without_picture(record)) for record in records]
+    wanted = [record for record, verdict in known if verdict is None]
+    downloaded = iter(
+        fetch_all(
+            [str(record.image_url) for record in wanted],
+            policy,
+            judge.limits.max_bytes,
+            lambda number, fetched: judge.of_download(wanted[number], fetched),
+        )
+    )
+    return [verdict or next(downloaded) for _, verdict in known]

@@ -14,6 +14,7 @@ class RejectReason(StrEnum):
     TRUNCATED_ARCHIVE = "truncated_archive"  # the file that holds the records ends too early
     BAD_RECORD = "bad_record"  # a record that cannot be read: no id, a wrong type, broken JSON
     MISSING_PICTURE = "missing_picture"  # a record without a picture
+    DUPLICATE_ID = "duplicate_id"  # another record of the shard has its id, and is kept
     EXCLUDED = "excluded"  # on the recipe's list of pictures to leave out
 
     # The download (pipeline.fetch); those that may pass are tried again.

@@ -15,6 +15,9 @@ IMAGES = "images"
 SOURCES = "sources"
 """The folder below R with the mirrored sources."""
 
+EXCLUSIONS = "exclusions"
+"""The folder below R with the lists of excluded pictures that were used."""
+
 INDEX = pa.schema(
     [
         ("key", pa.string()),
@@ -25,6 +28,7 @@ INDEX = pa.schema(
         ("revision", pa.string()),
         ("locator", pa.string()),
         ("source_url", pa.string()),
+        ("final_url", pa.string()),
         ("licence", pa.string()),
         ("text", pa.string()),
         ("fields", pa.string()),
@@ -39,7 +43,8 @@ INDEX = pa.schema(
 )
 """One kept picture. ``join_id`` is the identifier by which i1's published captions know it, null
 where that is not known; ``join_ambiguous`` says that it stands for other pictures too. ``source``
-(null: a local one) and ``revision`` are the dataset's, ``locator`` is the record's place in it.
+(null: a local one) and ``revision`` are the dataset's, ``locator`` is the record's place in it;
+``final_url`` is where redirects led from ``source_url``, null if there were none.
 ``width`` and ``height`` are as displayed (EXIF orientation applied), in pixels; ``text`` is the
 dataset's own text or null; ``fields`` is a JSON object of its further fields; ``offset`` is where
 the picture's bytes begin in the shard's tar."""

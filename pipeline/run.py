@@ -5,8 +5,15 @@ from collections.abc import Mapping, Sequence
 from pipeline import beam_job, storage
 from pipeline.beam_job import RunnerOptions
 from pipeline.progress import Progress, console, exists_line, print_counts
-from pipeline.stage import Stage, WorkItem, by_dataset, finish, make_plan, write_work_lists
-from pipeline.summary import Summary, dataset_url
+from pipeline.stage import (
+    Stage,
+    WorkItem,
+    finish,
+    make_plan,
+    remove_leftovers,
+    write_work_lists,
+)
+from pipeline.summary import Summary, dataset_url, read_summary
 
 
 def run_stage(
@@ -14,29 +21,38 @@ def run_stage(
 ) -> Mapping[str, Summary]:
     """Bring a stage to its end, doing only what has not been published yet.
 
-    Returns the summary of each dataset.
+    Returns the summary of each dataset, of all its generations.
 
     Raises:
         EvenmixError: something published was made in another way, an item cannot be done, or a
             worker was lost. What has been published stays, and the next run goes on from there.
     """
     plan = make_plan(stage, items)
+    datasets = sorted({item.dataset for item in items})
     if plan.is_finished:
-        for dataset, _ in plan.summarised:
+        for dataset in datasets:
             # A run that was killed while this one or another was ending may have left some.
             storage.sweep(dataset_url(stage.root, stage.folder, dataset))
         console.print(exists_line(stage), soft_wrap=True)
-        return by_dataset(plan.summarised)
+        return _summaries(stage, datasets)
     if plan.missing:
         if plan.finished:
             console.print(
                 f"{stage.name}: {len(plan.finished)} of {len(items)} items are published already",
                 soft_wrap=True,
             )
+        remove_leftovers(stage, plan.missing)
         work_lists = write_work_lists(stage, plan.missing)
         with Progress(stage, plan) as progress:
             beam_job.run(stage, work_lists, options, progress.update)
-    summaries = by_dataset({**plan.summarised, **finish(stage, items)})
-    counts = {dataset: summaries[dataset].counts for dataset in sorted(summaries)}
+    finish(stage, items)
+    summaries = _summaries(stage, datasets)
+    counts = {dataset: summary.counts for dataset, summary in summaries.items()}
     print_counts(f"{stage.name} ({stage.folder})", counts)
     return summaries
+
+
+def _summaries(stage: Stage, datasets: Sequence[str]) -> dict[str, Summary]:
+    """Read the summaries of datasets that are finished, each of all its generations."""
+    found = {name: read_summary(stage.root, stage.folder, name) for name in datasets}
+    return {name: summary for name, summary in found.items() if summary}

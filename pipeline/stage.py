@@ -32,7 +32,6 @@ from pipeline.summary import (
     Summary,
     dataset_url,
     generation_of,
-    merge,
     read_generation,
     summarise,
     summary_name,
@@ -324,10 +323,10 @@ def _publish_observed(
     observations = storage.parquet_bytes(observed.table, made_by)
     is_first = storage.publish(observed_url, observations)
     if not is_first and storage.parquet_metadata(observed_url).get(_MADE_BY) != item_fingerprint:
-        # A killed run with other settings or inputs has left this behind, and perhaps more.
-        storage.remove(tar_url)
-        storage.remove(rejected_url)
-        storage.replace(observed_url, observations)
+        raise EvenmixError(
+            f"{observed_url} was left by a run with other settings or sources, which may still be "
+            "busy; if it is not, start the same command again, which removes it"
+        )
     if not storage.publish(tar_url, tar):
         tar = storage.read_bytes(tar_url)
         output = observed.adopt(tar, None)
@@ -349,6 +348,24 @@ def _publish_beside_commit(url: str, data: bytes, commit_url: str) -> None:
         return
     if checksum(storage.read_chunks(url)) != checksum([data]) and not storage.exists(commit_url):
         storage.replace(url, data)
+
+
+def remove_leftovers(stage: Stage, items: Sequence[WorkItem]) -> None:
+    """Remove what killed runs with other settings or sources observed and never committed.
+
+    Workers do not: one that was thought dead could remove what another has committed meanwhile.
+    """
+    for dataset in {item.dataset for item in items}:
+        folder = dataset_url(stage.root, stage.folder, dataset)
+        there = {file.name for file in storage.list_files(folder)}
+        for item in items:
+            name = f"{item.shard}{OBSERVED_SUFFIX}"
+            if item.dataset != dataset or name not in there:
+                continue
+            made_by = storage.parquet_metadata(storage.join(folder, name)).get(_MADE_BY)
+            if made_by != fingerprint(item_identity(stage, item)):
+                for suffix in (".tar", REJECTED_SUFFIX, OBSERVED_SUFFIX):
+                    storage.remove(storage.join(folder, f"{item.shard}{suffix}"))
 
 
 def write_work_lists(stage: Stage, items: Sequence[WorkItem]) -> list[str]:
@@ -381,16 +398,13 @@ def read_work_list(url: str) -> list[WorkItem]:
     return [WorkItem(**json.loads(line)) for line in lines]
 
 
-def finish(stage: Stage, items: Sequence[WorkItem]) -> dict[tuple[str, int], Summary]:
+def finish(stage: Stage, items: Sequence[WorkItem]) -> None:
     """Check the sums of a stage whose items have all run, sweep up, publish the summaries.
-
-    Returns the summary of each generation of a dataset.
 
     Raises:
         EvenmixError: an item has no commit although the job has ended, or another build with
             other inputs or another configuration has published here meanwhile.
     """
-    summaries = {}
     for (dataset, generation), group in _by_generation(items).items():
         planned = {item.shard: item_identity(stage, item) for item in group}
         receipts = committed_receipts(stage, dataset, generation)
@@ -406,16 +420,6 @@ def finish(stage: Stage, items: Sequence[WorkItem]) -> dict[tuple[str, int], Sum
         folder = dataset_url(stage.root, stage.folder, dataset)
         _sweep(folder, receipts, generation)
         storage.publish(storage.join(folder, summary_name(generation)), summary.to_json())
-        summaries[dataset, generation] = summary
-    return summaries
-
-
-def by_dataset(summaries: Mapping[tuple[str, int], Summary]) -> dict[str, Summary]:
-    """Merge the summaries of the generations of each dataset."""
-    return {
-        dataset: merge([summaries[place] for place in group])
-        for dataset, group in groupby(sorted(summaries), key=lambda place: place[0])
-    }
 
 
 def _sweep(folder: str, receipts: Mapping[str, Receipt], generation: int) -> None:

@@ -25,7 +25,7 @@ from pipeline.images import Limits
 from pipeline.progress import console, counts_table
 from pipeline.reasons import PictureError
 from pipeline.receipts import Checksum, Counts, Receipt, checksum, read_receipt, table_digest, total
-from pipeline.records import SOURCES
+from pipeline.records import EXCLUSIONS, SOURCES
 from pipeline.stage import OBSERVED_SUFFIX, REJECTED_SUFFIX
 from pipeline.summary import SUMMARY, Summary, previous_generation, summarise
 
@@ -94,7 +94,7 @@ def verify(root: str, deep: bool) -> tuple[dict[str, Counts], list[str]]:
     findings += [
         f"{storage.join(root, name)}: belongs to no finished work; start its stage again"
         for name in sorted(files - explained)
-        if not name.startswith(f"{SOURCES}/")
+        if not name.startswith((f"{SOURCES}/", f"{EXCLUSIONS}/"))
     ]
     recounted = {folder: total(parts).without_retried() for folder, parts in counts.items()}
     return recounted, findings

@@ -10,8 +10,16 @@ import pyarrow as pa
 from pipeline.errors import EvenmixError
 from pipeline.receipts import Counts
 from pipeline.records import REJECTED
-from pipeline.stage import Output, Stage, WorkItem, by_dataset, finish, make_plan, publish_item
-from pipeline.summary import Summary
+from pipeline.stage import (
+    Output,
+    Stage,
+    WorkItem,
+    finish,
+    make_plan,
+    publish_item,
+    remove_leftovers,
+)
+from pipeline.summary import Summary, read_summary
 from pipeline.tars import TarWriter
 
 
@@ -73,6 +81,9 @@ def items(*shards: str, dataset: str = "d") -> list[WorkItem]:
 def run_here(stage: Stage, items: Sequence[WorkItem]) -> Mapping[str, Summary]:
     """Do what `run_stage` does, in this process and without Beam."""
     plan = make_plan(stage, items)
+    remove_leftovers(stage, plan.missing)
     for item in plan.missing:
         publish_item(stage, item)
-    return by_dataset({**plan.summarised, **finish(stage, items)})
+    finish(stage, items)
+    found = {item.dataset: read_summary(stage.root, stage.folder, item.dataset) for item in items}
+    return {name: summary for name, summary in found.items() if summary}

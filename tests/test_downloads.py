@@ -1,5 +1,6 @@
 """Ingest of a URL list: what is had, what is not and why, and what a retry gets of it."""
 
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from captioning.from_source import SourceCaptioning
-from pipeline import ingest, storage
+from pipeline import addresses, ingest, storage
+from pipeline.dry_run import print_dry_run
 from pipeline.errors import EvenmixError
 from pipeline.receipts import Counts, read_receipt
 from pipeline.recipe import Corpus, SourceCaptions
@@ -84,7 +86,7 @@ def retry(corpus: Corpus) -> int:
     return len(items)
 
 
-def rows(corpus: Corpus, pattern: str) -> list[dict[str, Any]]:
+def rows_of(corpus: Corpus, pattern: str) -> list[dict[str, Any]]:
     files = storage.glob_files(f"{corpus.root}/images/web/{pattern}")
     return [row for file in files for row in storage.read_parquet(file.url).to_pylist()]
 
@@ -96,12 +98,12 @@ def test_every_url_is_kept_or_in_the_ledger(tmp_path: Path, site: Site) -> None:
     summary = read_summary(asked.root, "images", "web")
     assert summary is not None
     assert summary.counts == Counts(12, 6, dict(sorted(RETRY.items())))
-    kept = rows(asked, "urls-00000000?.parquet")
+    kept = rows_of(asked, "urls-00000000?.parquet")
     assert {row["source_id"]: row["source_url"] for row in kept} == {
         path[1:-4]: site.url + path for path in GOOD
     }
     assert {row["fields"] for row in kept} == {'{"by": "me"}'}
-    ledger = {row["source_id"]: row for row in rows(asked, "*.rejected.parquet")}
+    ledger = {row["source_id"]: row for row in rows_of(asked, "*.rejected.parquet")}
     assert {name: (row["attempts"], row["retryable"]) for name, row in ledger.items()} == {
         "busy": (2, True),
         "broken": (2, True),
@@ -112,7 +114,7 @@ def test_every_url_is_kept_or_in_the_ledger(tmp_path: Path, site: Site) -> None:
     }
     assert ledger["gone"]["source_url"] == f"{site.url}/gone.jpg"
     assert ledger["gone"]["key"] == key_of("web", "gone")
-    fetched = rows(asked, "*.fetch.parquet")
+    fetched = rows_of(asked, "*.fetch.parquet")
     assert {row["url"][len(site.url) :]: row["outcome"] for row in fetched} == {
         **dict.fromkeys(GOOD, "kept"),
         "/busy.jpg": "unavailable",
@@ -138,9 +140,9 @@ def test_a_retry_asks_only_for_what_may_be_had(tmp_path: Path, site: Site) -> No
     assert sorted(site.asked) == ["/broken.jpg", "/broken.jpg", "/busy.jpg"]
     after = {f.name: storage.read_bytes(f.url) for f in storage.list_files(asked.root)}
     assert before.items() <= after.items()
-    (kept,) = rows(asked, "*.r1.parquet")
+    (kept,) = rows_of(asked, "*.r1.parquet")
     assert kept["source_id"] == "busy"
-    (left,) = rows(asked, "*.r1.rejected.parquet")
+    (left,) = rows_of(asked, "*.r1.rejected.parquet")
     assert (left["source_id"], left["attempts"], left["retryable"]) == ("broken", 4, True)
     generation = read_generation(asked.root, "images", "web", 1)
     assert generation is not None
@@ -192,6 +194,69 @@ def test_the_stages_after_ingest_follow_a_retry(tmp_path: Path, site: Site) -> N
     assert verify(asked.root, deep=False)[1] == []
 
 
+def test_of_records_with_one_id_the_first_that_is_had_is_kept(tmp_path: Path, site: Site) -> None:
+    rows = [{"id": name, "url": f"{site.url}/{n}.jpg", "by": ""} for n, name in enumerate("aaba")]
+    rows[0]["url"] = f"{site.url}/gone.jpg"
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "urls.parquet")
+    asked = corpus(tmp_path, site)
+    stage, (item,) = ingest.plan(asked)
+    publish_item(stage, item)
+    shard = f"{asked.root}/images/web/{item.shard}"
+    index = storage.read_parquet(f"{shard}.parquet")
+    assert index["locator"].to_pylist() == ["urls.parquet:1", "urls.parquet:2"]
+    ledger = {row["locator"]: row["reason"] for row in rows_of(asked, "*.rejected.parquet")}
+    assert ledger == {"urls.parquet:0": "http_error", "urls.parquet:3": "duplicate_id"}
+
+    # It is the same if another attempt finds the tar alone.
+    for suffix in (".parquet", ".rejected.parquet"):
+        storage.remove(f"{shard}{suffix}")
+    run_here(stage, [item])
+    assert storage.read_parquet(f"{shard}.parquet") == index
+    assert verify(asked.root, deep=True)[1] == []
+
+
+def test_a_retry_may_be_about_dead_servers_alone(tmp_path: Path, site: Site) -> None:
+    paths = [f"/{number}" for number in range(30)]
+    urls = [f"http://127.0.0.1:1{path}" for path in paths] + [f"{site.url}/0.jpg"]
+    rows = [{"id": str(n), "url": url, "by": ""} for n, url in enumerate(urls)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "urls.parquet")
+    asked = corpus(tmp_path, site, images={"min_short_edge_px": 32})
+    run(asked)
+    assert retry(asked) == 1
+    ledger = rows_of(asked, "*.r1.rejected.parquet")
+    assert {(row["reason"], row["attempts"]) for row in ledger} == {("connection_failed", 4)}
+    summary = read_summary(asked.root, "images", "web")
+    assert summary is not None
+    assert summary.counts == Counts(31, 1, {"connection_failed": 30})
+
+
+def test_names_that_all_seem_not_to_exist_stop_the_run(
+    tmp_path: Path, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So it is where there is no network at all."""
+
+    def look_up(host: str) -> list[str]:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(addresses, "look_up", look_up)
+    rows = [{"id": str(n), "url": f"http://{n}.example/", "by": ""} for n in range(30)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "urls.parquet")
+    asked = corpus(tmp_path, site, images={"min_short_edge_px": 32})
+    with pytest.raises(EvenmixError, match="of 30 downloads not one reached a server"):
+        run(asked)
+    assert not storage.exists(f"{asked.root}/images/web/stage.json")
+
+
+def test_a_dry_run_of_a_retry_counts_what_it_would_ask_for(
+    tmp_path: Path, site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = corpus(tmp_path, site)
+    run(asked)
+    stage, items = ingest.plan(asked)
+    print_dry_run(stage, retry_items(stage, items))
+    assert "of them the 2 records that may be had now" in capsys.readouterr().out
+
+
 def test_a_retry_waits_for_the_first_run(tmp_path: Path, site: Site) -> None:
     with pytest.raises(EvenmixError, match="web: not finished; run the command without --retry"):
         retry(corpus(tmp_path, site))
@@ -218,7 +283,7 @@ def test_a_shard_is_completed_from_what_a_killed_attempt_published(
     receipt = read_receipt(f"{shard}.parquet")
     assert receipt.counts.is_conserved()
     assert receipt.counts.records_out == 6
-    ledger = {row["source_id"]: row for row in rows(asked, "*.rejected.parquet")}
+    ledger = {row["source_id"]: row for row in rows_of(asked, "*.rejected.parquet")}
     # This attempt had got it, and the next one can.
     assert ledger["busy"]["reason"] == "unavailable"
     assert ledger["busy"]["retryable"]
@@ -250,8 +315,10 @@ def test_what_another_setting_left_behind_is_replaced(tmp_path: Path, site: Site
     storage.remove(f"{shard}.parquet")
 
     stage, (item,) = ingest.plan(corpus(tmp_path, site, images={"min_short_edge_px": 41}))
-    publish_item(stage, item)
+    # A worker cannot know whether the other run is dead; the next run may.
+    with pytest.raises(EvenmixError, match="left by a run with other settings or sources"):
+        publish_item(stage, item)
+    run_here(stage, [item])
     receipt = read_receipt(f"{shard}.parquet")
     assert receipt.counts.rejected["too_small"] == 6
-    run_here(stage, [item])
     assert verify(asked.root, deep=True)[1] == []

@@ -251,7 +251,8 @@ def test_unknown_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(addresses, "look_up", look_up)
     gone, later = _fetch("http://gone.example/", "http://later.example/")
-    assert (gone.reason, gone.retryable, gone.attempts) == (_R.UNKNOWN_HOST, False, 1)
+    # Asked for once; but a name that seems not to exist may be one of a network that is down.
+    assert (gone.reason, gone.retryable, gone.attempts) == (_R.UNKNOWN_HOST, True, 1)
     assert (later.reason, later.retryable, later.attempts) == (_R.UNKNOWN_HOST, True, 3)
 
 
@@ -273,7 +274,7 @@ def test_silence_where_tls_should_be(server: Server) -> None:
         *silent, wrong = _fetch(*urls, plain_text, attempts=1, timeout_s=1, per_host=51)
     assert time.monotonic() - begun < 2
     assert {each.reason for each in silent} == {_R.TIMEOUT}
-    assert (wrong.reason, wrong.retryable) == (_R.CONNECTION_FAILED, False)
+    assert (wrong.reason, wrong.retryable) == (_R.CONNECTION_FAILED, True)
     assert "SSL" in wrong.detail
 
 
