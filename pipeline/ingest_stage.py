@@ -99,8 +99,8 @@ class Ingest:
         # A retry is about failures alone, and may well be one about dead servers.
         if self.fetch.stop_when_unreachable and "retries" not in item.inputs:
             _refuse_unreachable(downloads)
-        tar, kept, others = _write(downloads)
         attempt = _Attempt(downloads, before)
+        tar, kept, others = _write(_emptying(downloads))
         return attempt.output(tar, kept, [attempt.ledger[v.record.locator] for v in others])
 
     def _asked_for(
@@ -158,6 +158,13 @@ def _refuse_unreachable(downloads: Sequence[Verdict]) -> None:
         "command again when it is up: nothing is lost. If these servers are gone for good, set "
         "fetch.stop_when_unreachable = false in a recipe"
     )
+
+
+def _emptying(verdicts: list[Verdict]) -> Iterator[Verdict]:
+    """Take verdicts out of their list, so that a picture need not stay when it is in the tar."""
+    verdicts.reverse()
+    while verdicts:
+        yield verdicts.pop()
 
 
 def _write(verdicts: Iterable[Verdict]) -> tuple[bytes, list[dict[str, Any]], list[Verdict]]:

@@ -3,6 +3,7 @@
 import json
 
 import apache_beam as beam
+import pytest
 
 from captioning.from_model import VllmCaptioning
 from pipeline import beam_job
@@ -59,14 +60,20 @@ def stage_job(stage: Stage, bucket_url: str) -> StagedJob:
     )
 
 
-def test_ingest_is_a_small_job_without_accelerators(gcs_bucket: str) -> None:
+def test_ingest_is_a_small_job_without_accelerators_or_secrets(
+    gcs_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_NobodyMaySeeThis")
     dataset = Dataset(layout="folder", source=f"{gcs_bucket}/in", licence="CC0 1.0")
     limits = Limits(256, 10**8, 10**8)
     stage = Ingest(f"{gcs_bucket}/R", {"d": dataset}, {"d": None}, limits, Fetch())
     staged = stage_job(stage, gcs_bucket)
 
-    assert len(json.dumps(staged.job)) < 100_000
-    assert len(staged.pipeline.SerializeToString()) < 100_000
+    job, pipeline = json.dumps(staged.job), staged.pipeline.SerializeToString()
+    assert len(job) < 100_000
+    assert len(pipeline) < 100_000
+    assert "NobodyMaySeeThis" not in job
+    assert b"NobodyMaySeeThis" not in pipeline
     environment = staged.job["environment"]
     assert environment["workerPools"][0]["autoscalingSettings"]["maxNumWorkers"] == 7
     assert environment["sdkPipelineOptions"]["options"]["number_of_worker_harness_threads"] == 3
