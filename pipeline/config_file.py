@@ -1,6 +1,5 @@
 """Reading a TOML file into a pydantic model, with every mistake reported at once."""
 
-import difflib
 import tomllib
 from collections.abc import Mapping
 from typing import Any, TypeVar, get_args
@@ -9,7 +8,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from pipeline import storage
-from pipeline.errors import EvenmixError
+from pipeline.errors import EvenmixError, did_you_mean
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -60,9 +59,8 @@ def _describe(details: ErrorDetails, model: type[BaseModel]) -> str:
     place = ".".join(str(part) for part in details["loc"]) or "(the whole file)"
     if details["type"] == "extra_forbidden":
         known = _known_keys(model, details["loc"][:-1])
-        close = difflib.get_close_matches(str(details["loc"][-1]), known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"
-        return f"{place}: unknown key; {hint}"
+        hint = did_you_mean(str(details["loc"][-1]), known, f"known are {', '.join(sorted(known))}")
+        return f"{place}: unknown key{hint}"
     return f"{place}: {details['msg'].removeprefix('Value error, ')}"
 
 

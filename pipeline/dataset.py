@@ -1,14 +1,17 @@
 """What a recipe or the catalogue says of one dataset: where it is, how a record is read.
 
-Identifiers, texts and URLs are made by rules. A rule is a text in which ``{name}`` stands for a
-value of the record: a column, a key of its JSON, or what its place in the source tells
-(:mod:`pipeline.readers.rules` lists those names).
+Identifiers and URLs are made by rules (:mod:`pipeline.templates`), of the values of a record: its
+columns, the keys of its JSON, and what its place in the source tells (:mod:`pipeline.readers.rules`
+lists those names).
 """
 
 import re
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from pipeline import templates
 
 Layout = Literal["folder", "parquet", "webdataset", "tar", "url_list", "sqlite"]
 
@@ -24,12 +27,32 @@ def _pattern(text: str) -> str:
     return text
 
 
+def _without_secrets(source: str) -> str:
+    address = urlsplit(source)
+    if "@" in address.netloc:
+        raise ValueError(
+            "has a user name or a password in it, and would be stored with every picture; remove "
+            "them: credentials come from the environment"
+        )
+    if address.scheme in ("http", "https") and address.query:
+        raise ValueError(
+            "has a query ('?…') in it, which may be a signature or a token, and would be stored "
+            "with every picture; remove it, or download the file and give its local path"
+        )
+    return source
+
+
+Rule = Annotated[str, AfterValidator(templates.check)]
+
+
 class Dataset(BaseModel):
     """Where a dataset's records are, how to read one, and what counts as its duplicate.
 
     ``source`` is a folder (layout ``folder``) or a file or glob pattern (all others), at any
-    fsspec URL; ``revision`` is the commit of an hf:// source, of which the first digits are enough.
-    A ``mirror``-ed source is copied into the corpus by `evenmix mirror` before it is ingested.
+    fsspec URL without passwords and tokens: it is stored with every picture, and credentials come
+    from the environment. ``revision`` is the commit of an hf:// source, of which the first digits
+    are enough. A ``mirror``-ed source is copied into the corpus by `evenmix mirror` before it is
+    ingested.
 
     ``id_rule`` makes the source id, which must be unique in the dataset; ``join_rule`` makes the
     identifier by which i1's published captions know the picture, None where that is not known;
@@ -54,16 +77,16 @@ class Dataset(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     layout: Layout
-    source: str
+    source: Annotated[str, AfterValidator(_without_secrets)]
     revision: str | None = None
     mirror: bool = False
     licence: str
-    id_rule: str | None = None
-    join_rule: str | None = None
+    id_rule: Rule | None = None
+    join_rule: Rule | None = None
     ambiguous_joins: list[str] = []
     path_pattern: Annotated[str, AfterValidator(_pattern)] | None = None
     image_field: str = "image"
-    image_url: str | None = None
+    image_url: Rule | None = None
     text_field: str | None = None
     url_field: str | None = None
     licence_field: str | None = None
@@ -77,7 +100,9 @@ class Dataset(BaseModel):
     threshold: Annotated[float, Field(gt=0, le=1)] = 0.75
 
     @model_validator(mode="after")
-    def _layout_has_what_it_needs(self) -> "Dataset":
+    def _fits_together(self) -> "Dataset":
+        if self.revision is not None and not self.source.startswith("hf://"):
+            raise ValueError("revision is one of a source on the Hub (hf://…), which this is not")
         needs = {
             "id_rule": (_TABLES, "the rule of its ids, such as '{id}'"),
             "image_url": (_FETCHED, "the rule of its pictures' URLs, such as '{url}'"),

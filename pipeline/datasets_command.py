@@ -1,7 +1,6 @@
 """`evenmix datasets`: the catalogue as a table, all about one dataset, or a check of one."""
 
 import argparse
-import difflib
 import textwrap
 from collections.abc import Iterator
 from urllib.parse import urlsplit
@@ -12,7 +11,9 @@ from rich.table import Table
 
 from pipeline.catalog import CATALOG, Entry
 from pipeline.check_dataset import check
-from pipeline.errors import EvenmixError
+from pipeline.config_file import configure
+from pipeline.dataset import Dataset
+from pipeline.errors import EvenmixError, did_you_mean
 from pipeline.recipe import Fetch
 
 _LABEL_WIDTH = 13
@@ -113,9 +114,8 @@ def _yes_no(answer: bool | None) -> str:
 
 def _entry(name: str) -> Entry:
     if name not in CATALOG:
-        close = difflib.get_close_matches(name, CATALOG, n=1)
-        hint = f"did you mean {close[0]}?" if close else "`evenmix datasets` lists them"
-        raise EvenmixError(f"the catalogue has no dataset {name}; {hint}")
+        hint = did_you_mean(name, CATALOG, "`evenmix datasets` lists them")
+        raise EvenmixError(f"the catalogue has no dataset {name}{hint}")
     return CATALOG[name]
 
 
@@ -162,7 +162,8 @@ def _run_check(name: str, entry: Entry, source: str | None) -> int:
     """Print the findings as they come; the status is 1 if one differs from the catalogue."""
     dataset = entry.dataset
     if source is not None:
-        dataset = dataset.model_copy(update={"source": source, "revision": None})
+        document = dataset.model_dump(exclude={"revision"}) | {"source": source}
+        dataset = configure("--source", document, Dataset, {})
     print(f"{name}: {dataset.source}", flush=True)
     differences = 0
     for finding in check(name, entry, dataset, Fetch()):

@@ -20,6 +20,7 @@ Answer = TypeVar("Answer")
 
 _SOURCE = re.compile(r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?/(?P<path>.+)")
 _DIGITS = re.compile(r"[0-9a-f]{7,39}")
+_HASH = re.compile(r"[0-9a-f]{7,40}")
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ def resolve(source: str, revision: str | None) -> tuple[str, str | None]:
         _ask(commit.repo, lambda api: api.auth_check(commit.repo, repo_type="dataset"))
     path = _parts(source)["path"]
     return f"hf://datasets/{commit.repo}@{commit.sha}/{path}", commit.sha
+
+
+def is_meant(commit: str, revision: str) -> bool:
+    """Tell whether a revision may mean a commit: a name may mean any, digits those they begin."""
+    return not _HASH.fullmatch(revision) or commit.startswith(revision)
 
 
 def find_commit(source: str, revision: str | None) -> Commit:

@@ -8,13 +8,13 @@ again, the command does what is missing.
 """
 
 import argparse
-import difflib
-import json
+import os
 import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,15 @@ from pipeline.byte_progress import ByteProgress
 from pipeline.catalog import CATALOG
 from pipeline.copying import PART_BYTES, Copy
 from pipeline.dataset import Dataset
-from pipeline.errors import EvenmixError
+from pipeline.errors import EvenmixError, did_you_mean
+from pipeline.mirror_manifest import MANIFEST, Manifest, publish_manifest, read_manifest
 from pipeline.progress import console
-from pipeline.receipts import Checksum
+from pipeline.receipts import Checksum, checksum
 from pipeline.recipe import load_recipe
 from pipeline.records import SOURCES
 from pipeline.storage import TEMPORARY_PREFIX, FileInfo
 
-MANIFEST = "mirror.json"
-
+_RECORDS = (".source.json", ".checked.json")  # what a copy leaves beside the files to be read
 _COMPRESSED = (".tar.gz", ".tgz")
 _PARQUET_SHARE = 4  # a table's text shrinks to no less than about a quarter
 
@@ -63,71 +63,115 @@ def mirror(
             "no mirror"
         )
     folder = storage.join(root, SOURCES, name)
-    published = _read_manifest(folder, dataset)
-    if published is None:
-        copies = _plan(folder, name, dataset, part_bytes)
+    manifest = _finished(folder, dataset)
+    if manifest is None:
+        source, revision = hub.resolve(dataset.source, dataset.revision)
+        copies = _plan(folder, name, dataset, source, part_bytes)
         _check_room(copies, folder, dataset, scratch)
         files: dict[str, Checksum] = {}
         for copy in copies:
             files |= _mirror_file(copy, folder, dataset, checksums, scratch)
-        published = {url.removeprefix(f"{folder}/"): file for url, file in files.items()}
-        manifest = {
-            "source": dataset.source,
-            "files": {name: asdict(file) for name, file in published.items()},
-        }
-        storage.publish(
-            storage.join(folder, MANIFEST), json.dumps(manifest, sort_keys=True, indent=1).encode()
-        )
+        named = {url.removeprefix(f"{folder}/"): file for url, file in files.items()}
+        manifest = Manifest(dataset.source, revision, named)
+        publish_manifest(folder, manifest)
     storage.sweep(folder)
-    return published
+    return dict(manifest.files)
 
 
 def mirrored(root: str, name: str, dataset: Dataset) -> Dataset:
     """Return a dataset as it is read from its mirror: the same records by the same rules.
 
+    Its revision is the commit that was mirrored.
+
     Raises:
         EvenmixError: there is no finished mirror, or it is one of another source.
     """
     folder = storage.join(root, SOURCES, name)
-    if _read_manifest(folder, dataset) is None:
+    manifest = _finished(folder, dataset)
+    if manifest is None:
         raise EvenmixError(
             f"dataset {name} has no mirror in {folder} yet: run `evenmix mirror {name}` first"
         )
-    changes: dict[str, Any] = {"mirror": False}
+    changes: dict[str, Any] = {"mirror": False, "revision": manifest.revision}
     # Neither pattern matches what an interrupted command has left under a temporary name.
     if dataset.layout == "sqlite":
         changes |= {"layout": "url_list", "table": None}
         changes["source"] = storage.join(folder, "[!.]*.parquet")
     else:
         changes["source"] = storage.join(folder, "[!.]*.tar.part-*")
-    return Dataset.model_validate(dataset.model_dump() | changes)
+    return dataset.model_copy(update=changes)
 
 
-def _read_manifest(folder: str, dataset: Dataset) -> dict[str, Checksum] | None:
-    url = storage.join(folder, MANIFEST)
-    if not storage.exists(url):
-        return None
+def for_trial(root: str, name: str, dataset: Dataset) -> Dataset:
+    """Return a dataset as its first records are read: from its mirror, or without one in place.
+
+    Whoever plans its items must say that they are for a trial. Of a SQLite file that is not local
+    no part can be read; its plan says so.
+    """
+    if _finished(storage.join(root, SOURCES, name), dataset) is not None:
+        return mirrored(root, name, dataset)
+    source, revision = hub.resolve(dataset.source, dataset.revision)
+    return dataset.model_copy(update={"source": source, "revision": revision, "mirror": False})
+
+
+def verify_mirror(folder: str) -> list[str]:
+    """Compare a finished mirror's files with its manifest; return what is wrong, a line each."""
     try:
-        manifest = json.loads(storage.read_bytes(url))
-        source = manifest["source"]
-        files = {name: Checksum(**file) for name, file in manifest["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise EvenmixError(f"{url} is damaged ({error}); remove it and mirror again") from error
-    if source != dataset.source:
-        raise EvenmixError(
-            f"{folder} is the mirror of {source}, not of {dataset.source}; remove it, or give "
-            "the dataset another name"
+        manifest = read_manifest(folder)
+    except EvenmixError as error:
+        return [str(error)]
+    assert manifest is not None, "verify_mirror is for finished mirrors"
+    files = {file.name for file in storage.list_files(folder)}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(partial(_verify_file, folder, files), manifest.files.items())
+        wrong = [finding for finding in found if finding]
+    return wrong + [
+        f"{storage.join(folder, name)}: belongs to no finished work; remove it"
+        for name in sorted(files - manifest.files.keys() - {MANIFEST})
+        if not name.endswith(_RECORDS)
+    ]
+
+
+def _verify_file(folder: str, files: set[str], published: tuple[str, Checksum]) -> str | None:
+    name, expected = published
+    url = storage.join(folder, name)
+    if name not in files:
+        return f"{url}: is missing; remove {MANIFEST} beside it and mirror again"
+    if checksum(storage.read_chunks(url)) != expected:
+        return (
+            f"{url}: its bytes are not those that were published; remove it and {MANIFEST}, and "
+            "mirror again"
         )
-    return files
+    return None
 
 
-def _plan(folder: str, name: str, dataset: Dataset, part_bytes: int) -> list[Copy]:
-    """List the source's files, and where each of them goes.
+def _finished(folder: str, dataset: Dataset) -> Manifest | None:
+    """Return the manifest of a dataset's mirror, None if that is not finished.
+
+    Raises:
+        EvenmixError: it is damaged, or that of another source or revision.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return None
+    copied, wanted = manifest.source, dataset.source
+    revision = dataset.revision
+    if copied == wanted and revision and not hub.is_meant(str(manifest.revision), revision):
+        copied, wanted = f"revision {manifest.revision}", f"revision {revision}"
+    if copied != wanted:
+        raise EvenmixError(
+            f"{folder} is the mirror of {copied}, not of {wanted}; remove it, or give the dataset "
+            "another name"
+        )
+    return manifest
+
+
+def _plan(folder: str, name: str, dataset: Dataset, source: str, part_bytes: int) -> list[Copy]:
+    """List the files at ``source``, at a full revision, and where each of them goes.
 
     Raises:
         EvenmixError: there are none, or they cannot be mirrored.
     """
-    source, _ = hub.resolve(dataset.source, dataset.revision)
     files = storage.glob_files(source)
     if not files:
         raise EvenmixError(f"dataset {name}: nothing at {dataset.source}; correct its source")
@@ -259,17 +303,13 @@ def _chosen(args: argparse.Namespace) -> tuple[str, Dataset, Mapping[str, str]]:
         if args.root is None:
             raise EvenmixError("name the corpus root with --root, or a recipe with --recipe")
         if entry is None:
-            raise EvenmixError(f"the catalogue has no dataset {args.dataset}{_hint(args, CATALOG)}")
+            hint = did_you_mean(args.dataset, CATALOG, f"it has {', '.join(CATALOG)}")
+            raise EvenmixError(f"the catalogue has no dataset {args.dataset}{hint}")
         return args.root, entry.dataset, entry.checksums
     recipe = load_recipe(args.recipe, {"root": args.root})
     if args.dataset not in recipe.datasets:
-        hint = _hint(args, recipe.datasets)
+        hint = did_you_mean(args.dataset, recipe.datasets, f"it has {', '.join(recipe.datasets)}")
         raise EvenmixError(f"{args.recipe} has no dataset {args.dataset}{hint}")
     dataset = recipe.datasets[args.dataset]
     known = entry is not None and entry.dataset.source == dataset.source
     return recipe.root, dataset, entry.checksums if entry and known else {}
-
-
-def _hint(args: argparse.Namespace, names: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(args.dataset, names, n=1)
-    return f"; did you mean {close[0]}?" if close else f"; it has {', '.join(sorted(names))}"

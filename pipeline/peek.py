@@ -7,11 +7,11 @@ stream; of an archive the first megabytes are read and taken apart here, also of
 import io
 import json
 import tarfile
+import zlib
 from dataclasses import replace
 from itertools import islice
 from pathlib import PurePosixPath
 from typing import IO
-from zipfile import BadZipFile, ZipFile
 
 from pipeline import readers, storage
 from pipeline.dataset import Dataset
@@ -19,11 +19,11 @@ from pipeline.errors import EvenmixError
 from pipeline.readers.items import PICTURE_SUFFIXES
 from pipeline.readers.rules import Record, describe, path_values
 from pipeline.readers.sqlite import find_table
+from pipeline.readers.url_list import first_record
 from pipeline.recipe import Images
 from pipeline.storage import FileInfo
 
 _BEGINNING_BYTES = 4 << 20
-_DOCUMENT_BYTES = 64 << 20  # the largest JSON document in an archive that is parsed
 
 
 def columns(dataset: Dataset, file: FileInfo) -> list[str]:
@@ -37,12 +37,12 @@ def columns(dataset: Dataset, file: FileInfo) -> list[str]:
             return list(find_table(file.url, dataset.table or "", file.num_bytes).columns)
         if dataset.layout == "webdataset":
             return _keys_in_tar(file)
-        if file.name.endswith(".zip"):
-            return _keys_in_zip(dataset, file)
+        if file.name.endswith((".zip", ".json")):
+            return list(first_record(dataset, file))
         if file.name.endswith(".parquet"):
-            with storage.open_parquet(file.url) as table:
+            with storage.open_parquet(file.url, file.num_bytes) as table:
                 return list(table.schema_arrow.names)
-    except (tarfile.TarError, BadZipFile, ValueError, LookupError, TypeError) as error:
+    except (tarfile.TarError, ValueError, TypeError, RecursionError) as error:
         raise EvenmixError(f"the first record of {file.url} cannot be read: {error!r}") from error
     return []
 
@@ -72,20 +72,23 @@ def _only(file: FileInfo) -> str:
 
 
 def _first_of_tar(dataset: Dataset, file: FileInfo) -> Record:
-    with io.BytesIO(_beginning(file)) as beginning:
-        try:
-            path, picture = _first_picture(beginning)
-        except (tarfile.TarError, EOFError) as error:
-            raise EvenmixError(
-                f"{file.url} has no whole picture in its first {_BEGINNING_BYTES:,} bytes: {error}"
-            ) from error
+    beginning = _beginning(file)
+    try:
+        if file.name.endswith((".gz", ".tgz")):
+            gzip_format = zlib.MAX_WBITS | 16
+            beginning = zlib.decompressobj(gzip_format).decompress(beginning, _BEGINNING_BYTES)
+        path, picture = _first_picture(io.BytesIO(beginning))
+    except (tarfile.TarError, zlib.error) as error:
+        raise EvenmixError(
+            f"{file.url} has no whole picture in its first {_BEGINNING_BYTES:,} bytes: {error}"
+        ) from error
     record = describe(dataset, path, path_values(path, dataset.path_pattern))
     return replace(record, picture=picture)
 
 
 def _first_picture(stream: IO[bytes]) -> tuple[str, bytes]:
     """Return path and bytes of a tar's first picture; a tar inside it counts as a folder."""
-    with tarfile.open(fileobj=stream, mode="r|*") as tar:
+    with tarfile.open(fileobj=stream, mode="r|") as tar:
         for member in tar:
             content = tar.extractfile(member)
             if content is None:
@@ -106,16 +109,6 @@ def _keys_in_tar(file: FileInfo) -> list[str]:
             if member.name.endswith(".json") and content is not None:
                 return list(json.loads(content.read(_BEGINNING_BYTES)))
     return []
-
-
-def _keys_in_zip(dataset: Dataset, file: FileInfo) -> list[str]:
-    with storage.open_file(file.url) as source, ZipFile(source) as archive:
-        member, *_ = (info for info in archive.infolist() if info.filename.endswith(".json"))
-        if member.file_size > _DOCUMENT_BYTES:
-            raise EvenmixError(f"{file.url}: {member.filename} has {member.file_size:,} bytes")
-        document = json.loads(archive.read(member))
-    records = document[dataset.records_field] if dataset.records_field else document
-    return list(records[0])
 
 
 def _beginning(file: FileInfo) -> bytes:

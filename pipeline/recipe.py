@@ -3,7 +3,6 @@
 Every stage reads its own part. The file is checked as a whole before any work.
 """
 
-import difflib
 import re
 from typing import Annotated, Any, Literal
 
@@ -20,6 +19,7 @@ from pydantic import (
 from pipeline.catalog import CATALOG
 from pipeline.config_file import load_toml
 from pipeline.dataset import Dataset
+from pipeline.errors import did_you_mean
 
 DEFAULT_CAPTIONER = "Qwen/Qwen3-VL-30B-A3B-Instruct-FP8"
 
@@ -55,7 +55,9 @@ class Images(_Section):
     """Limits for pictures to be kept, and the size of shards, before rejections.
 
     A shard takes its records from a range of at most ``bytes_per_shard`` bytes of a tar, from
-    ``records_per_shard`` records of any other source.
+    ``records_per_shard`` records of any other source. Pictures in folders and in Parquet are fewer
+    if they are larger, so that they have at most ``bytes_per_shard`` bytes too; a row group of
+    Parquet may be twice as large by either measure before it is cut.
     """
 
     min_short_edge_px: Annotated[int, Field(ge=1)] = 256
@@ -65,15 +67,19 @@ class Images(_Section):
     bytes_per_shard: Annotated[int, Field(ge=1)] = 256 << 20
 
 
+HeaderText = Annotated[str, Field(pattern=r"^[\x20-\x7e]+$")]
+
+
 class Fetch(_Section):
     """How pictures are downloaded.
 
     ``timeout_s`` is one deadline for a whole attempt: name lookup, connection, redirects and body.
     Between attempts ``backoff_s`` seconds pass, doubling and with jitter; a server that asks for
-    more than ``max_wait_s`` is left for `evenmix ingest --retry`. ``concurrency`` requests are in
-    flight in a worker process, ``per_host`` of them to one host. Pictures whose X-Robots-Tag
-    header has one of the ``opt_out`` directives are not taken. A run stops if no server at all
-    can be reached for the pictures of a shard, unless ``stop_when_unreachable`` is false.
+    more than ``max_wait_s`` is left for `evenmix ingest --retry`. At most ``concurrency`` requests
+    are in flight in a worker process, ``per_host`` of them to one host: all workers of a cluster
+    together may have ``per_host`` times their number. Pictures whose X-Robots-Tag header has one
+    of the ``opt_out`` directives are not taken. A run stops if no server at all can be reached for
+    the pictures of a shard, unless ``stop_when_unreachable`` is false.
     """
 
     timeout_s: Annotated[float, Field(gt=0)] = 20.0
@@ -83,7 +89,7 @@ class Fetch(_Section):
     concurrency: Annotated[int, Field(ge=1)] = 64
     per_host: Annotated[int, Field(ge=1)] = 8
     max_redirects: Annotated[int, Field(ge=0)] = 5
-    user_agent: str = "evenmix/0.1.0 (text-to-image corpus builder)"
+    user_agent: HeaderText = "evenmix/0.1.0 (text-to-image corpus builder)"
     opt_out: list[str] = ["noai", "noimageai"]
     allow_private_addresses: bool = False
     stop_when_unreachable: bool = True
@@ -180,9 +186,8 @@ def _catalogued(given: Any) -> Any:
     changes = {key: value for key, value in given.items() if key != "catalog"}
     known = CATALOG.get(given["catalog"])
     if known is None:
-        close = difflib.get_close_matches(str(given["catalog"]), CATALOG, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "`evenmix datasets` lists them"
-        raise ValueError(f"the catalogue has no {given['catalog']!r}; {hint}")
+        hint = did_you_mean(str(given["catalog"]), CATALOG, "`evenmix datasets` lists them")
+        raise ValueError(f"the catalogue has no {given['catalog']!r}{hint}")
     entry = known.dataset.model_dump(exclude_unset=True)
     if "source" in changes:
         # The catalogue's revision is one of its own source.

@@ -30,6 +30,7 @@ TEMPORARY_PREFIX = ".temporary-"
 
 _UPLOAD_CHUNK_BYTES = 8 << 20
 _BUFFER_BYTES = 4 << 20
+_FAR_BUFFER_BYTES = 16 << 20
 _WHOLE_ROW_GROUP_BYTES = 32 << 20
 _WILDCARD = re.compile(r"[*?\[]")
 
@@ -39,13 +40,15 @@ class FileInfo:
     """A file in a listing: its full URL, its path relative to the listed folder, its size.
 
     ``version`` is what the store itself says of the content: ``crc32c:`` (hex, GCS), ``sha256:`` or
-    ``git:`` (a blob's id, Hugging Face), ``etag:`` (http, S3). Local files have None.
+    ``git:`` (a blob's id, Hugging Face), ``etag:`` (http, S3). Local files have None. ``modified``
+    is when it was changed last, in the words of a store that has no version.
     """
 
     url: str
     name: str
     num_bytes: int
     version: str | None
+    modified: str | None = None
 
 
 def join(url: str, *parts: str) -> str:
@@ -203,14 +206,23 @@ def _read_range(fs: fsspec.AbstractFileSystem, path: str, offset: int, length: i
         return bytes(file.read(length))
 
 
-def size_of(url: str) -> int:
-    """Return the size of a file in bytes.
+def file_info(url: str) -> FileInfo:
+    """Return what a store says of one file now.
 
     Raises:
         EvenmixError: it does not exist or is out of reach, or its server does not tell the size.
     """
     fs, path = filesystem(url)
-    return _known_size(url, ask(url, lambda: fs.info(path)))
+    return _file_info(url, url.rpartition("/")[2], ask(url, lambda: fs.info(path)))
+
+
+def stream_bytes(url: str) -> int:
+    """Return how much to ask for at once of a file that is read from one end to the other.
+
+    Far away every request costs time, and the Hugging Face Hub limits their number.
+    """
+    fs, _ = filesystem(url)
+    return _BUFFER_BYTES if isinstance(fs, LocalFileSystem) else _FAR_BUFFER_BYTES
 
 
 def open_file(
@@ -220,7 +232,7 @@ def open_file(
 
     At least ``buffer_bytes`` are asked for at once. Reading raises what :func:`read_bytes` raises.
     """
-    size = size_of(url) if num_bytes is None else num_bytes
+    size = file_info(url).num_bytes if num_bytes is None else num_bytes
     return open_ranges(partial(read_bytes, url), size, buffer_bytes)
 
 
@@ -326,14 +338,22 @@ def _file_infos(
             info = listed
             if listed["size"] is None:  # as links on a web page are
                 info = ask(file_url, partial(fs.info, path_found))
-            files.append(FileInfo(file_url, name, _known_size(file_url, info), _version(info)))
+            files.append(_file_info(file_url, name, info))
     return sorted(files, key=lambda file: file.name)
 
 
-def _known_size(url: str, info: dict[str, Any]) -> int:
+def _file_info(url: str, name: str, info: dict[str, Any]) -> FileInfo:
     if info["size"] is None or not info.get("partial", True):
         raise EvenmixError(no_ranges(url))
-    return int(info["size"])
+    version = _version(info)
+    modified = info.get("mtime", info.get("Last-Modified"))
+    return FileInfo(
+        url,
+        name,
+        int(info["size"]),
+        version,
+        str(modified) if version is None and modified is not None else None,
+    )
 
 
 def _version(info: dict[str, Any]) -> str | None:
@@ -397,12 +417,12 @@ def parquet_metadata(url: str) -> dict[str, str]:
 def open_parquet(url: str, num_bytes: int | None = None) -> Iterator[pq.ParquetFile]:
     """Open a Parquet file of ``num_bytes`` bytes (None: ask the store); its footer is fetched.
 
-    Large row groups are then read in steps, a few MiB of each column at a time.
+    Large row groups are then read in steps of :func:`stream_bytes` of each column.
 
     Raises:
         EvenmixError: the file is missing or is not Parquet.
     """
-    size = size_of(url) if num_bytes is None else num_bytes
+    size = file_info(url).num_bytes if num_bytes is None else num_bytes
     with _Ranges(partial(read_bytes, url), size) as source:
         try:
             file = pq.ParquetFile(source)
@@ -410,7 +430,10 @@ def open_parquet(url: str, num_bytes: int | None = None) -> Iterator[pq.ParquetF
             groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
             if any(group.total_byte_size > _WHOLE_ROW_GROUP_BYTES for group in groups):
                 file = pq.ParquetFile(
-                    source, metadata=file.metadata, pre_buffer=False, buffer_size=_BUFFER_BYTES
+                    source,
+                    metadata=file.metadata,
+                    pre_buffer=False,
+                    buffer_size=stream_bytes(url),
                 )
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise EvenmixError(

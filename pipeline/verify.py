@@ -2,7 +2,8 @@
 
 Nothing is believed but the bytes: each tar is read, its members are counted and its checksums are
 compared with the receipt; each table is hashed; the sums must give ``stage.json`` and obey the
-conservation law. Files that belong to no finished work are reported too.
+conservation law. Mirrored sources are compared with ``mirror.json``. Files that belong to no
+finished work are reported too.
 """
 
 import argparse
@@ -22,6 +23,8 @@ import pyarrow as pa
 from pipeline import images, storage
 from pipeline.errors import EvenmixError
 from pipeline.images import Limits
+from pipeline.mirror import verify_mirror
+from pipeline.mirror_manifest import MANIFEST as MIRROR_MANIFEST
 from pipeline.progress import console, counts_table
 from pipeline.reasons import PictureError
 from pipeline.receipts import Checksum, Counts, Receipt, checksum, read_receipt, table_digest, total
@@ -91,6 +94,9 @@ def verify(root: str, deep: bool) -> tuple[dict[str, Counts], list[str]]:
     for mixture in sorted(mixtures):
         explained.add(f"{mixture}/{MANIFEST}")
         findings += _check_manifest(storage.join(root, mixture, MANIFEST))
+    for name in sorted(files):
+        if name.startswith(f"{SOURCES}/") and name.endswith(f"/{MIRROR_MANIFEST}"):
+            findings += verify_mirror(storage.join(root, name.removesuffix(f"/{MIRROR_MANIFEST}")))
     findings += [
         f"{storage.join(root, name)}: belongs to no finished work; start its stage again"
         for name in sorted(files - explained)

@@ -1,10 +1,15 @@
 """The catalogue is shown as it is, and a check of it finds what differs and nothing else."""
 
+import gzip
 import hashlib
 import io
 import os
+import struct
 import subprocess
 import sys
+import tarfile
+import tracemalloc
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -107,7 +112,7 @@ def test_what_will_be_downloaded(command: Command) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["recaps"], "the catalogue has no dataset recaps; did you mean redcaps?"),
+        (["recaps"], "the catalogue has no dataset recaps; did you mean 'redcaps'?"),
         (["xyz"], "the catalogue has no dataset xyz; `evenmix datasets` lists them"),
         (["--check"], "--check and --source want the NAME of a dataset"),
         (["yfcc", "--source", "x"], "--source is of use with --check only"),
@@ -206,11 +211,54 @@ def test_the_first_picture_of_a_huge_archive_is_read_from_its_beginning(hub: Hub
 def test_an_archive_that_begins_with_no_whole_picture(hub: Hub) -> None:
     path = ELSEWHERE["inaturalist"]
     huge = replicas.tar([("train/0_A/1.txt", b"about"), ("train/0_A/1.jpg", bytes(5 << 20))])
-    hub.pages[path] = Page(huge)
+    hub.pages[path] = Page(gzip.compress(huge))
     found = differences(findings(hub, "inaturalist", of_miniature(hub, "inaturalist")))
     assert found == [
         f"{hub.url}{path} has no whole picture in its first 4,194,304 bytes: unexpected end of data"
     ]
+
+
+def test_a_gzip_bomb_is_not_unpacked(hub: Hub) -> None:
+    """Of a member that claims 1 GB, behind a header that wants it read whole."""
+    header = tarfile.TarInfo("pax")
+    header.type, header.size = tarfile.XHDTYPE, 1 << 30
+    packed = io.BytesIO()
+    with gzip.GzipFile(fileobj=packed, mode="wb", compresslevel=1) as bomb:
+        bomb.write(header.tobuf(tarfile.USTAR_FORMAT))
+        for _ in range(100):
+            bomb.write(bytes(1 << 20))
+    hub.pages[ELSEWHERE["inaturalist"]] = Page(packed.getvalue())
+    tracemalloc.start()
+    found = differences(findings(hub, "inaturalist", of_miniature(hub, "inaturalist")))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert "has no whole picture in its first 4,194,304 bytes" in found[0]
+    assert peak < 40_000_000
+
+
+def test_a_zip_bomb_is_not_unpacked(tmp_path: Path) -> None:
+    """Its document claims 1,000 bytes and unpacks to 50 MB."""
+    path = tmp_path / "redcaps.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("annotations/cats_2017.json", b" " * 50_000_000)
+    content = bytearray(path.read_bytes())
+    size = content.rindex(b"PK\x01\x02") + 24
+    content[size : size + 4] = struct.pack("<L", 1000)
+    path.write_bytes(content)
+    dataset = CATALOG["redcaps"].dataset.model_copy(update={"source": str(path)})
+    tracemalloc.start()
+    *_, found = differences(list(check("redcaps", CATALOG["redcaps"], dataset, FETCH)))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found.startswith(f"{path} cannot be read as a zip archive (Bad CRC-32")
+    assert peak < 10_000_000
+
+
+def test_a_source_with_a_password_is_refused(command: Command) -> None:
+    status, _, errors = command("yfcc", "--check", "--source", "https://me:pa55@x/a.sql")
+    assert status == 1
+    assert "source: has a user name or a password in it" in errors
+    assert "pa55" not in errors
 
 
 def test_a_source_that_is_gone(hub: Hub) -> None:

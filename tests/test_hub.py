@@ -1,13 +1,19 @@
 """A source on the Hub becomes one with a whole commit in it, or one clear error."""
 
+import io
+import zipfile
 from collections.abc import Iterator
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline import hub as the_hub
-from pipeline import storage
+from pipeline import readers, storage
 from pipeline.errors import EvenmixError
+from pipeline.recipe import Images
 from tests.hub import TOKEN, Hub, Repository, point_at, serve_hub
+from tests.sources import MAX_BYTES, dataset, tar_bytes
 
 HEAD, PINNED = "ab" * 20, "cd" * 20
 FILES = {"README.md": b"about"} | {f"data/a/{n}.parquet": bytes(100 * n) for n in range(1, 13)}
@@ -99,6 +105,34 @@ def test_an_obstacle_is_explained(
     with pytest.raises(EvenmixError) as caught:
         the_hub.resolve(source, revision)
     assert str(caught.value) == message
+
+
+def test_what_is_read_is_asked_for_in_few_requests(hub: Hub) -> None:
+    """The sizes are known from the listing, and the Hub limits the number of requests."""
+    table = io.BytesIO()
+    pq.write_table(pa.table({"id": ["1"], "url": ["http://x/1.jpg"]}), table)
+    document = io.BytesIO()
+    with zipfile.ZipFile(document, "w") as archive:
+        archive.writestr("a.json", '[{"id": "1", "url": "http://x/1.jpg"}]')
+    files = {
+        "a.parquet": table.getvalue(),
+        "a.zip": document.getvalue(),
+        "a.tar": tar_bytes([(f"{n}.jpg", bytes(1 << 20)) for n in range(40)]),
+    }
+    hub.repositories["someone/lists"] = Repository({HEAD: files})
+    most_requests = {"a.parquet": 2, "a.zip": 4, "a.tar": 3}  # 40 MiB in steps of 16
+    for name, most in most_requests.items():
+        source = f"hf://datasets/someone/lists@{HEAD}/{name}"
+        if name == "a.tar":
+            spec = dataset("webdataset", source)
+        else:
+            spec = dataset("url_list", source, id_rule="{id}", image_url="{url}")
+        (item,) = readers.plan("d", spec, Images())
+        hub.requests.clear()
+        records = list(readers.read(spec, item, MAX_BYTES))
+        assert [record.reason for record in records] == [None] * len(records)
+        assert set(hub.requests) == {f"GET /datasets/someone/lists/resolve/{HEAD}/{name}"}
+        assert len(hub.requests) <= most
 
 
 def test_an_unknown_repository_is_named(hub: Hub) -> None:

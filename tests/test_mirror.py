@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow.parquet as pq
 import pytest
@@ -24,13 +24,14 @@ import pytest
 from pipeline import byte_progress, copying, readers, storage, stores, unpacking
 from pipeline.dataset import Dataset
 from pipeline.errors import EvenmixError
-from pipeline.mirror import mirror, mirrored
+from pipeline.mirror import mirror, mirrored, verify_mirror
 from pipeline.readers.rules import Record
 from pipeline.reasons import RejectReason
 from pipeline.receipts import Checksum, checksum
 from pipeline.recipe import Images
 from tests.corpora import evenmix, finish
 from tests.http_files import FileServer, serve_files
+from tests.hub import Repository, point_at, serve_hub
 
 PART_BYTES = 16 << 10
 
@@ -153,6 +154,86 @@ def test_a_mirrored_tar_has_the_records_of_its_source(tmp_path: Path, server: Fi
     found = read_all(mirrored(str(tmp_path / "R"), "d", spec))
     assert [record.source_id for record in found] == [f"{number:04d}" for number in range(40)]
     assert found == read_all(direct)
+
+
+@pytest.mark.parametrize("kind", ["tar", "sqlite"])
+def test_the_plan_of_a_mirror_computes_no_checksums(
+    tmp_path: Path, gcs_bucket: str, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """They are in its manifest; the items are the same on a disk and in an object store."""
+    if kind == "tar":
+        write_tar(tmp_path / "a.tar")
+        spec = tar_dataset(str(tmp_path / "a.tar"))
+    else:
+        write_sqlite(tmp_path / "a.sql")
+        spec = sqlite_dataset(str(tmp_path / "a.sql"))
+    roots = [str(tmp_path / "R"), f"{gcs_bucket}/R"]
+    for root in roots:
+        make(root, spec)
+
+    def fail(file: BinaryIO, num_bytes: int) -> str:
+        raise AssertionError("a checksum is computed")
+
+    monkeypatch.setattr("pipeline.readers.items.content_version", fail)
+    monkeypatch.setattr("pipeline.readers.parts.content_version", fail)
+    local, remote = (readers.plan("d", mirrored(root, "d", spec), Images()) for root in roots)
+    assert [(item.shard, item.inputs) for item in local] == [
+        (item.shard, item.inputs) for item in remote
+    ]
+
+
+def test_a_mirror_s_file_of_another_size_is_an_error(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar")
+    spec = tar_dataset(str(tmp_path / "a.tar"))
+    *_, last = make(tmp_path / "R", spec)
+    path = tmp_path / "R/sources/d" / last
+    size = path.stat().st_size
+    path.write_bytes(b"x")
+    with pytest.raises(EvenmixError, match=f"{last} has 1 bytes, but was mirrored with {size:,}"):
+        readers.plan("d", mirrored(str(tmp_path / "R"), "d", spec), Images())
+
+
+def test_a_mirror_of_the_hub_knows_the_commit_that_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the branch, which moves on."""
+    write_tar(tmp_path / "a.tar")
+    files = {"a.tar": (tmp_path / "a.tar").read_bytes()}
+    root, source = str(tmp_path / "R"), "hf://datasets/someone/data/a.tar"
+    with serve_hub() as hub:
+        point_at(hub, monkeypatch)
+        hub.repositories["someone/data"] = Repository({"cd" * 20: files})
+        make(root, tar_dataset(source, revision="main"))
+    for revision in ("main", None, "cd" * 20, "cdcdcdc"):
+        found = mirrored(root, "d", tar_dataset(source, revision=revision))
+        assert found.revision == "cd" * 20
+    with pytest.raises(EvenmixError, match=f"is the mirror of revision {'cd' * 20}, not of revi"):
+        mirrored(root, "d", tar_dataset(source, revision="abcdef0"))
+
+
+@pytest.mark.parametrize("store", ["local", "gs"])
+def test_a_mirror_is_compared_with_its_manifest(
+    tmp_path: Path, gcs_bucket: str, store: str
+) -> None:
+    write_tar(tmp_path / "a.tar.gz")
+    root = gcs_bucket if store == "gs" else str(tmp_path / "R")
+    first, second, *_ = make(root, tar_dataset(str(tmp_path / "a.tar.gz")))
+    folder = storage.join(root, "sources/d")
+    assert verify_mirror(folder) == []
+    storage.remove(storage.join(folder, first))
+    url = storage.join(folder, second)
+    data = storage.read_bytes(url)
+    storage.replace(url, data[:-1] + bytes([data[-1] ^ 1]))
+    storage.publish(storage.join(folder, "a.tar.part-00099"), b"x")
+    assert verify_mirror(folder) == [
+        f"{folder}/{first}: is missing; remove mirror.json beside it and mirror again",
+        f"{url}: its bytes are not those that were published; remove it and mirror.json, and "
+        "mirror again",
+        f"{folder}/a.tar.part-00099: belongs to no finished work; remove it",
+    ]
+    storage.replace(storage.join(folder, "mirror.json"), b"{}")
+    (finding,) = verify_mirror(folder)
+    assert finding.startswith(f"{folder}/mirror.json is damaged")
 
 
 def test_a_finished_mirror_is_not_touched_again(tmp_path: Path, server: FileServer) -> None:
@@ -667,7 +748,7 @@ def test_ctrl_c_ends_the_command_at_once_even_if_the_server_hangs(
     [
         (
             ["inaturalis", "--root", "R"],
-            "the catalogue has no dataset inaturalis; did you mean ina",
+            "the catalogue has no dataset inaturalis; did you mean 'ina",
         ),
         (["inaturalist"], "name the corpus root with --root, or a recipe with --recipe"),
         (["fluxreason", "--root", "R"], "layout parquet is read in parallel where it is"),

@@ -2,7 +2,9 @@
 
 import json
 import os
+import sqlite3
 import tracemalloc
+from contextlib import closing
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,10 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import readers, storage
+from pipeline.dataset import Dataset
 from pipeline.errors import EvenmixError
 from pipeline.reasons import RejectReason
 from pipeline.recipe import Images
 from pipeline.stage import WorkItem
+from tests.http_files import serve_files
 from tests.sources import MAX_BYTES, Members, dataset, read_all, record, tar_bytes
 
 PAIRS: Members = [
@@ -57,6 +61,22 @@ def test_folder_is_cut_into_shards(tmp_path: Path) -> None:
         "folder-000000004",
     ]
     assert len({json.dumps(dict(item.inputs)) for item in items}) == 3
+
+
+def test_a_folder_s_shards_are_bounded_in_bytes(tmp_path: Path) -> None:
+    for number, size in enumerate([40, 50, 20, 150, 10, 90]):
+        storage.publish(f"{tmp_path}/{number}.jpg", bytes(size))
+    spec = dataset("folder", tmp_path)
+    items = readers.plan("d", spec, Images(bytes_per_shard=100))
+    assert [(item.shard, len(item.payload["pictures"])) for item in items] == [
+        ("folder-000000000", 2),
+        ("folder-000000002", 1),
+        ("folder-000000003", 1),
+        ("folder-000000004", 2),
+    ]
+    assert [r.source_id for r in read_all(spec, bytes_per_shard=100)] == [
+        f"{n}.jpg" for n in range(6)
+    ]
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.txt"])
@@ -145,6 +165,83 @@ def test_items_survive_a_work_list(tmp_path: Path, layout: str) -> None:
     copies = [WorkItem(**json.loads(json.dumps(item.__dict__))) for item in items]
     assert copies == items
     assert any(list(readers.read(spec, item, MAX_BYTES)) for item in copies)
+
+
+def layouts(folder: Path) -> dict[str, tuple[Dataset, Path]]:
+    """Return a dataset of each layout, and a file of its source."""
+    members: Members = [(f"{n}.jpg", b"%d" % n * 500) for n in range(10)]
+    for layout in ("folder", "tar", "webdataset"):
+        (folder / layout).mkdir()
+    (folder / "folder/a.jpg").write_bytes(b"one")
+    (folder / "folder/a.txt").write_bytes(b"two")
+    (folder / "tar/a.tar").write_bytes(tar_bytes(members))
+    (folder / "webdataset/a.tar").write_bytes(tar_bytes(members))
+    pq.write_table(pa.table({"id": [1, 2], "image": [b"x", b"y"]}), folder / "a.parquet")
+    (folder / "a.json").write_text('[{"id": 1}, {"id": 2}]')
+    with closing(sqlite3.connect(folder / "a.sqlite")) as connection, connection:
+        connection.execute("CREATE TABLE photos (id INTEGER)")
+        connection.execute("INSERT INTO photos VALUES (7)")
+    rows = {"id_rule": "{id}"}
+    fetched = rows | {"image_url": "http://x/{id}.jpg"}
+    return {
+        "folder": (dataset("folder", folder / "folder"), folder / "folder/a.txt"),
+        "tar": (dataset("tar", folder / "tar/*"), folder / "tar/a.tar"),
+        "webdataset": (dataset("webdataset", folder / "webdataset/*"), folder / "webdataset/a.tar"),
+        "parquet": (dataset("parquet", folder / "a.parquet", **rows), folder / "a.parquet"),
+        "url_list": (dataset("url_list", folder / "a.json", **fetched), folder / "a.json"),
+        "sqlite": (
+            dataset("sqlite", folder / "a.sqlite", table="photos", **fetched),
+            folder / "a.sqlite",
+        ),
+    }
+
+
+@pytest.mark.parametrize("layout", ["folder", "tar", "webdataset", "parquet", "url_list", "sqlite"])
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_a_local_source_that_changed_after_it_was_planned_is_an_error(
+    tmp_path: Path, layout: str, is_cut: bool
+) -> None:
+    """Written again with the same bytes, or cut, which looks like damage."""
+    spec, path = layouts(tmp_path)[layout]
+    (item,) = readers.plan("d", spec, Images())
+    assert list(readers.read(spec, item, MAX_BYTES))
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2] if is_cut else data)
+    later = path.stat().st_mtime + 1
+    os.utime(path, (later, later))
+    with pytest.raises(EvenmixError) as caught:
+        list(readers.read(spec, item, MAX_BYTES))
+    assert str(caught.value) == (
+        f"{path} has changed since it was planned; start the same command again, and change no "
+        "source while it is read"
+    )
+
+
+def test_a_source_on_a_server_that_changed_after_it_was_planned_is_an_error(
+    tmp_path: Path,
+) -> None:
+    members: Members = [("a.jpg", b"one"), ("b.jpg", b"two")]
+    (tmp_path / "a.tar").write_bytes(tar_bytes(members))
+    with serve_files(tmp_path) as server:
+        for layout in ("tar", "webdataset"):
+            spec = dataset(layout, server.url("a.tar"))
+            (item,) = readers.plan("d", spec, Images())
+            records = readers.read(spec, item, MAX_BYTES)
+            assert next(records).picture == b"one"
+            (tmp_path / "a.tar").write_bytes(tar_bytes([*members[:1], ("b.jpg", b"2nd")]))
+            with pytest.raises(EvenmixError, match=r"a\.tar has changed since it was planned"):
+                list(records)
+            (tmp_path / "a.tar").write_bytes(tar_bytes(members))
+
+
+def test_an_object_that_changed_after_it_was_planned_is_an_error(gcs_bucket: str) -> None:
+    url = f"{gcs_bucket}/in/a.jpg"
+    storage.publish(url, b"one")
+    spec = dataset("folder", f"{gcs_bucket}/in")
+    (item,) = readers.plan("d", spec, Images())
+    storage.replace(url, b"2nd")
+    with pytest.raises(EvenmixError, match=r"in/a\.jpg has changed since it was planned"):
+        list(readers.read(spec, item, MAX_BYTES))
 
 
 @pytest.mark.parametrize("layout", ["folder", "webdataset"])

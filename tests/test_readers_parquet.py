@@ -13,7 +13,7 @@ import pytest
 
 from pipeline import readers
 from pipeline.errors import EvenmixError
-from pipeline.readers.parquet import item_rows
+from pipeline.readers.rows import RowGroup, item_rows
 from pipeline.reasons import RejectReason
 from pipeline.recipe import Images
 from tests.sources import dataset, read_all, record, summary
@@ -78,6 +78,24 @@ def test_parquet_text_that_is_not_utf8_costs_its_record_only(tmp_path: Path) -> 
     pq.write_table(pa.table({"id": [0, 1], "image": images, "text": text}), tmp_path / "a.parquet")
     records = read_all(dataset("parquet", tmp_path / "*", id_rule="{id}", text_field="text"))
     assert summary(records) == [("0", b"0", None), (None, b"", RejectReason.BAD_RECORD)]
+
+
+def test_a_time_beyond_all_calendars_costs_its_record_only(tmp_path: Path) -> None:
+    times = pa.array([0, 2**62], pa.timestamp("ms"))
+    columns = {"id": [0, 1], "image": [b"0", b"1"], "at": times}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    spec = dataset("parquet", tmp_path / "*", id_rule="{id}", extra_fields=["at"])
+    good, bad = read_all(spec)
+    assert good.picture == b"0"
+    assert (bad.reason, bad.picture) == (RejectReason.BAD_RECORD, b"")
+
+
+def test_bytes_that_are_numbers_are_no_pictures(tmp_path: Path) -> None:
+    image = pa.array([{"bytes": 7}], pa.struct([("bytes", pa.int64())]))
+    pq.write_table(pa.table({"id": ["a"], "image": image}), tmp_path / "a.parquet")
+    spec = dataset("parquet", tmp_path / "*", id_rule="{id}")
+    with pytest.raises(EvenmixError, match="neither bytes nor a struct with bytes"):
+        readers.plan("d", spec, Images())
 
 
 def test_every_parquet_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
@@ -146,6 +164,16 @@ def test_values_of_the_place_stand_beside_the_columns(tmp_path: Path) -> None:
     assert read_all(placed)[1].source_id == f"CoverBook/{name} 1 CoverBook {name} 00000"
 
 
+def test_a_folder_that_a_rule_asks_for_must_be_there(tmp_path: Path) -> None:
+    """A source that names one subset's folder has no folders below it."""
+    table = pa.table({"image_path": ["1.png"], "image": [b"x"]})
+    pq.write_table(table, tmp_path / "train.parquet")
+    spec = dataset("parquet", tmp_path / "*.parquet", id_rule="{folder}:{image_path}")
+    (found,) = read_all(spec)
+    assert (found.source_id, found.reason) == (None, RejectReason.BAD_RECORD)
+    assert found.detail == "its folder is empty: the source must be a pattern with that folder"
+
+
 def test_a_column_goes_before_a_value_of_the_place(tmp_path: Path) -> None:
     pq.write_table(pa.table({"file": ["mine"], "image": [b"x"]}), tmp_path / "a.parquet")
     (found,) = read_all(dataset("parquet", tmp_path / "*", id_rule="{file}"))
@@ -184,7 +212,54 @@ def test_all_columns_that_rules_need_are_checked_at_once(tmp_path: Path) -> None
 def test_items_end_where_row_groups_end(
     group_rows: list[int], expected: list[tuple[int, int]]
 ) -> None:
-    assert item_rows(group_rows, records_per_shard=100) == expected
+    groups = [RowGroup(num_rows, 10 * num_rows) for num_rows in group_rows]
+    assert item_rows(groups, Images(records_per_shard=100)) == expected
+
+
+@pytest.mark.parametrize(
+    ("groups", "expected"),
+    [
+        ([(10, 60), (10, 60), (10, 40)], [(0, 10), (10, 30)]),
+        ([(10, 200)], [(0, 10)]),
+        ([(10, 201)], [(0, 4), (4, 8), (8, 10)]),
+        ([(3, 1000)], [(0, 1), (1, 2), (2, 3)]),
+        ([(1, 1000), (1, 10), (1, 10)], [(0, 1), (1, 3)]),
+        ([(150, 300)], [(0, 50), (50, 100), (100, 150)]),
+        ([(300, 0)], [(0, 100), (100, 200), (200, 300)]),
+        ([(4, -100), (0, 500), (4, 10)], [(0, 4), (4, 8)]),
+    ],
+)
+def test_items_are_bounded_in_bytes_too(
+    groups: list[tuple[int, int]], expected: list[tuple[int, int]]
+) -> None:
+    images = Images(records_per_shard=100, bytes_per_shard=100)
+    assert item_rows([RowGroup(*group) for group in groups], images) == expected
+
+
+def test_only_the_columns_that_are_read_count(tmp_path: Path) -> None:
+    """The edited picture is kept, the far larger one before is never read."""
+    rows = [
+        {
+            "id": n,
+            "input": {"bytes": os.urandom(10_000), "path": None},
+            "output": {"bytes": os.urandom(1_000), "path": None},
+        }
+        for n in range(20)
+    ]
+    table = pa.Table.from_pylist(rows)
+    pq.write_table(table, tmp_path / "a.parquet", use_dictionary=False)
+    spec = dataset("parquet", tmp_path / "*", id_rule="{id}", image_field="output")
+    sizes = {
+        bytes_per_shard: [
+            item.inputs["rows"]
+            for item in readers.plan("d", spec, Images(bytes_per_shard=bytes_per_shard))
+        ]
+        for bytes_per_shard in (22_000, 6_000)
+    }
+    assert sizes == {22_000: [[0, 20]], 6_000: [[0, 5], [5, 10], [10, 15], [15, 20]]}
+    assert [r.source_id for r in read_all(spec, bytes_per_shard=6_000)] == [
+        str(n) for n in range(20)
+    ]
 
 
 def test_a_large_row_group_is_streamed(tmp_path: Path) -> None:

@@ -122,7 +122,6 @@ def folder(request: pytest.FixtureRequest) -> str:
 def test_a_tar_in_parts_is_read_as_one(folder: str) -> None:
     data, expected = nested()
     write_parts(folder, "all.tar", data, 7_000)
-    storage.publish(storage.join(folder, "mirror.json"), b"{}")
     spec = dataset("tar", storage.join(folder, "*.part-*"))
     records = read_all(spec, bytes_per_shard=20_000)
     assert [(r.source_id, r.picture) for r in records] == expected

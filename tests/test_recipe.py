@@ -127,6 +127,26 @@ def test_all_mistakes_come_at_once_with_a_suggestion_for_each_unknown_key(tmp_pa
             "the catalogue has no 'redcap'; did you mean 'redcaps'?",
         ),
         ("[datasets.cats]", '[datasets."../cats"]', "becomes a folder name"),
+        (
+            'source = "cats"',
+            'source = "https://me:pa55@x.org/cats"',
+            "datasets.cats.source: has a user name or a password in it, and would be stored",
+        ),
+        (
+            'source = "cats"',
+            'source = "s3://me:pa55@bucket/cats"',
+            "datasets.cats.source: has a user name or a password in it, and would be stored",
+        ),
+        (
+            'source = "cats"',
+            'source = "https://x.org/cats?token=pa55"',
+            "datasets.cats.source: has a query ('?…') in it, which may be a signature or a token",
+        ),
+        (
+            'source = "cats"',
+            'source = "gs://bucket/cats"\nrevision = "0123abc"',
+            "datasets.cats: revision is one of a source on the Hub (hf://…), which this is not",
+        ),
         ("resolution = 256", "resolution = 0", "mixture.resolution: Input should be greater than"),
         ('root = "corpus"', "root = 3", "root: Input should be a valid string"),
         ('root = "corpus"', 'root = ""', "root: is empty; name a folder"),
@@ -136,7 +156,24 @@ def test_all_mistakes_come_at_once_with_a_suggestion_for_each_unknown_key(tmp_pa
 )
 def test_each_mistake_is_explained(tmp_path: Path, old: str, new: str, expected: str) -> None:
     assert old in GOOD
-    assert expected in "\n".join(mistakes(tmp_path, GOOD.replace(old, new)))
+    told = "\n".join(mistakes(tmp_path, GOOD.replace(old, new)))
+    assert expected in told
+    assert "pa55" not in told
+
+
+@pytest.mark.parametrize(
+    ("source", "revision"),
+    [
+        ("gs://bucket/photo-?.tar", None),
+        ("/data/a@b/photo-?.tar", None),
+        ("hf://datasets/someone/data@main/*.tar", None),
+        ("hf://datasets/someone/data/*.tar", "0123abc"),
+        ("https://x.org/a%3Fb.tar", None),
+    ],
+)
+def test_sources_that_only_look_like_secrets(source: str, revision: str | None) -> None:
+    spec = Dataset(layout="tar", source=source, revision=revision, licence="CC0 1.0")
+    assert spec.source == source
 
 
 def test_a_dataset_of_the_catalogue_needs_only_its_name(tmp_path: Path) -> None:

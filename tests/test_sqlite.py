@@ -12,9 +12,10 @@ from pipeline import storage
 from pipeline.dataset import Dataset
 from pipeline.errors import EvenmixError
 from pipeline.readers import sqlite
-from pipeline.readers.rules import Record, multimedia_commons_path
+from pipeline.readers.rules import Record
 from pipeline.reasons import RejectReason
 from pipeline.recipe import Images
+from pipeline.templates import multimedia_commons_path
 
 MAX_BYTES = 1 << 20
 BUCKET = "https://multimedia-commons.s3-us-west-2.amazonaws.com/data/images"

@@ -131,7 +131,7 @@ def test_a_server_out_of_reach_is_not_taken_for_an_absent_file(
     monkeypatch.setattr(stores, "RETRY_WAITS_S", (0.01,))
     with serve_files(tmp_path) as gone:
         url = gone.url("a.tar")
-    for call in (storage.glob_files, storage.size_of, lambda u: storage.read_bytes(u, 0, 1)):
+    for call in (storage.glob_files, storage.file_info, lambda u: storage.read_bytes(u, 0, 1)):
         with pytest.raises(EvenmixError, match=r"is out of reach .* start the same command again"):
             call(url)
 
@@ -152,7 +152,7 @@ def test_a_server_that_refuses_ranges_is_one_error(hub: Hub) -> None:
 
 
 def test_a_server_that_ignores_ranges_is_one_error(server: FileServer, tmp_path: Path) -> None:
-    (tmp_path / "a.tar").write_bytes(tar_bytes([(f"{n}.jpg", bytes(800_000)) for n in range(12)]))
+    (tmp_path / "a.tar").write_bytes(tar_bytes([(f"{n}.jpg", bytes(800_000)) for n in range(30)]))
     server.has_ranges = False
     spec = dataset("webdataset", server.url("a.tar"))
     with pytest.raises(EvenmixError, match=r"a.tar cannot be read in parts: .* download it"):

@@ -18,6 +18,7 @@ from pipeline.readers import url_list
 from pipeline.readers.rules import Record
 from pipeline.reasons import RejectReason
 from pipeline.recipe import Images
+from tests.http_files import serve_files
 
 MAX_BYTES = 1 << 20
 
@@ -135,6 +136,24 @@ def test_zipped_json_in_an_object_store(tmp_path: Path, gcs_bucket: str) -> None
     assert read_all(redcaps(f"{gcs_bucket}/in/*.zip")) == [
         record(n, f"a.zip/cats.json:{n}") for n in range(2)
     ]
+
+
+def test_a_document_is_fetched_once_for_parts_that_follow_each_other(tmp_path: Path) -> None:
+    write_zip(tmp_path / "a.zip", {"a.json": annotations(*range(50))})
+    with serve_files(tmp_path) as server:
+        spec = redcaps(server.url("a.zip"))
+        items = url_list.plan("d", spec, Images(records_per_shard=5))
+        assert len(items) > 5
+        server.ranges.clear()
+        first, *others = [list(url_list.read(spec, item, MAX_BYTES)) for item in items]
+        assert len(server.ranges) <= 4  # the directory, and the member
+        assert [r.source_id for part in (first, *others) for r in part] == [
+            f"id{n}" for n in range(50)
+        ]
+        # One that has changed is another document.
+        write_zip(tmp_path / "a.zip", {"a.json": annotations(*range(1, 51))})
+        changed, *_ = url_list.plan("d", spec, Images(records_per_shard=5))
+        assert next(url_list.read(spec, changed, MAX_BYTES)).source_id == "id1"
 
 
 def test_bad_records_are_reasons(tmp_path: Path) -> None:

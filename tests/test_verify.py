@@ -10,6 +10,8 @@ import pytest
 
 from pipeline import ingest
 from pipeline.beam_job import RunnerOptions
+from pipeline.dataset import Dataset
+from pipeline.mirror import mirror
 from pipeline.receipts import Counts
 from pipeline.recipe import Recipe
 from pipeline.verify import verify
@@ -45,6 +47,18 @@ FIRST, SECOND = "folder-000000000", "folder-000000002"
 @pytest.mark.parametrize("deep", [False, True])
 def test_a_corpus_as_published_has_no_findings(root: Path, deep: bool) -> None:
     assert verify(str(root), deep) == ({"images/d": COUNTS}, [])
+
+
+def test_a_mirrored_source_is_compared_with_its_manifest(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(bytes(10_240))
+    spec = Dataset(layout="tar", source=str(tmp_path / "a.tar"), licence="CC0 1.0", mirror=True)
+    mirror(str(root), "places", spec, {})
+    assert verify(str(root), deep=False) == ({"images/d": COUNTS}, [])
+    part = root / "sources/places/a.tar.part-00000"
+    part.write_bytes(bytes(10_239) + b"x")
+    counts, (finding,) = verify(str(root), deep=False)
+    assert counts == {"images/d": COUNTS}
+    assert finding.startswith(f"{part}: its bytes are not those that were published")
 
 
 def flip(offset: int) -> Callable[[Path], None]:

@@ -1,21 +1,55 @@
-"""What the plans of all layouts share: how source files are identified and shards named."""
+"""What the plans of all layouts share: how files are identified and cut, and shards named."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
 from pipeline import storage
+from pipeline.errors import EvenmixError
 from pipeline.receipts import checksum, fingerprint
+from pipeline.stage import WorkItem
 from pipeline.storage import FileInfo
 
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
 _CONCURRENT_CHECKSUMS = 8
+_CONCURRENT_REQUESTS = 16  # a dataset can have thousands of files on a server far away
 _SHARD_NAME_CHARACTERS = 80
 _READ_WHOLE_BYTES = 1 << 30
 _NUM_SAMPLES = 64
 _SAMPLE_BYTES = 1 << 20
+
+
+def plan_files(
+    name: str,
+    files: Sequence[FileInfo],
+    plan_file: Callable[[FileInfo, Mapping[str, Any]], Sequence[WorkItem]],
+) -> list[WorkItem]:
+    """Cut each file of a dataset into items, given the file and its identity; several at once.
+
+    Raises:
+        EvenmixError: some files cannot be read at all; every one is named.
+    """
+
+    def plan_or_mistake(
+        file: FileInfo, identity: Mapping[str, Any]
+    ) -> Sequence[WorkItem] | EvenmixError:
+        try:
+            return plan_file(file, identity)
+        except EvenmixError as error:
+            return error
+
+    items, mistakes = list[WorkItem](), list[str]()
+    with ThreadPoolExecutor(_CONCURRENT_REQUESTS) as pool:
+        for found in pool.map(plan_or_mistake, files, identities(files)):
+            if isinstance(found, EvenmixError):
+                mistakes.append(str(found))
+            else:
+                items += found
+    if mistakes:
+        raise EvenmixError("\n  ".join([f"dataset {name} cannot be read:", *mistakes]))
+    return items
 
 
 def identities(files: Sequence[FileInfo]) -> list[dict[str, Any]]:
@@ -36,6 +70,42 @@ def identities(files: Sequence[FileInfo]) -> list[dict[str, Any]]:
             {"file": plain(file.name), "num_bytes": file.num_bytes, "version": found}
             for file, found in zip(files, pool.map(version, files), strict=True)
         ]
+
+
+def states(files: Sequence[FileInfo]) -> list[list[Any]]:
+    """Return what :func:`require_unchanged` looks at again, for the payload of an item.
+
+    Files on the Hub are not among it: their URLs name a commit.
+    """
+    return [
+        [file.url, file.num_bytes, file.modified or file.version]
+        for file in files
+        if not file.url.startswith("hf://")
+    ]
+
+
+def require_unchanged(planned: Sequence[Sequence[Any]]) -> None:
+    """Compare files with their states when they were listed.
+
+    A local file, which has no version, is known by its size and the time of its last change.
+
+    Raises:
+        EvenmixError: one has changed, is gone or is out of reach.
+    """
+
+    def require(state: Sequence[Any]) -> None:
+        url, *before = state
+        file = storage.file_info(url)
+        now = [file.num_bytes, file.modified or file.version]
+        if now != before:
+            raise EvenmixError(
+                f"{url} has changed since it was planned; start the same command again, and change "
+                "no source while it is read"
+            )
+
+    with ThreadPoolExecutor(_CONCURRENT_REQUESTS) as pool:
+        for _ in pool.map(require, planned):
+            pass
 
 
 def content_version(file: BinaryIO, num_bytes: int) -> str:

@@ -6,13 +6,14 @@ same size but the last one, which is not larger.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from typing import BinaryIO
 
 from pipeline import storage
 from pipeline.errors import EvenmixError
+from pipeline.mirror_manifest import with_known_versions
 from pipeline.readers.items import content_version
 from pipeline.receipts import fingerprint
 from pipeline.storage import FileInfo
@@ -65,9 +66,10 @@ def whole_files(files: Sequence[FileInfo]) -> list[WholeFile]:
     for name, group in groupby(sorted(files, key=lambda file: file.name), key=_whole_name):
         members = list(group)
         if name == members[0].name:
-            found += [WholeFile(f.url, f.name, f.num_bytes, f.version) for f in members]
+            found += [WholeFile(**vars(file)) for file in members]
         else:
-            found.append(_whole(name, sorted(members, key=_part_number)))
+            parts = sorted(with_known_versions(members), key=_part_number)
+            found.append(_whole(name, parts))
     return found
 
 
@@ -93,11 +95,12 @@ def _whole(name: str, parts: Sequence[FileInfo]) -> WholeFile:
             f"{url} lies in parts that do not fit together: there must be {part_name('', 0)}, "
             f"{part_name('', 1)}… of one size, the last one not larger; copy it again"
         )
-    whole = WholeFile(url, name, sum(part.num_bytes for part in parts), None, part_bytes)
+    num_bytes = sum(part.num_bytes for part in parts)
+    whole = WholeFile(url, name, num_bytes, None, part_bytes=part_bytes)
     versions = [part.version for part in parts]
     if None in versions:
         with whole.open() as file:
             version = content_version(file, whole.num_bytes)
     else:
         version = f"parts:{fingerprint({'versions': versions})[:32]}"
-    return WholeFile(whole.url, whole.name, whole.num_bytes, version, part_bytes)
+    return replace(whole, version=version)

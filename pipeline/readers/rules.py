@@ -14,10 +14,9 @@ file without its suffix, below the source), ``folder`` (the folders of that file
 number). A value of the record's own goes before one of the same name from its place.
 """
 
-import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
@@ -25,9 +24,9 @@ from typing import Any
 
 from pipeline.dataset import Dataset, Layout
 from pipeline.reasons import RejectReason
+from pipeline.templates import Unfilled, fill, names, value_of
 
 _DEFAULT_ID_RULES: dict[Layout, str] = {"folder": "{path}", "tar": "{path}", "webdataset": "{key}"}
-_NAME = re.compile(r"\{(\w+)(?::(\w+))?\}")
 
 
 @dataclass(frozen=True)
@@ -52,19 +51,15 @@ class Record:
     detail: str = ""
 
 
-class _Unfilled(Exception):
-    """A value that a rule asks for is missing or unusable."""
-
-
 def describe(dataset: Dataset, locator: str, values: Mapping[str, Any]) -> Record:
     """Return the record that ``values`` describe, still without its picture's bytes.
 
     One whose id cannot be made, or whose texts are no Unicode, has reason ``bad_record``.
     """
     try:
-        source_id = _fill(dataset.id_rule or _DEFAULT_ID_RULES[dataset.layout], values)
-        join_id = None if dataset.join_rule is None else _fill(dataset.join_rule, values)
-        image_url = None if dataset.image_url is None else _fill(dataset.image_url, values)
+        source_id = fill(dataset.id_rule or _DEFAULT_ID_RULES[dataset.layout], values)
+        join_id = None if dataset.join_rule is None else fill(dataset.join_rule, values)
+        image_url = None if dataset.image_url is None else fill(dataset.image_url, values)
         record = Record(
             locator,
             source_id,
@@ -75,23 +70,27 @@ def describe(dataset: Dataset, locator: str, values: Mapping[str, Any]) -> Recor
             text=_optional(dataset.text_field, values),
             source_url=image_url or _optional(dataset.url_field, values),
             licence=_optional(dataset.licence_field, values) or dataset.licence,
-            fields={name: _value(name, values) for name in dataset.extra_fields},
+            fields={name: value_of(name, values) for name in dataset.extra_fields},
         )
         # Half of a surrogate pair is JSON, but no text.
         texts = [source_id, join_id, record.text, record.source_url, record.licence, record.fields]
         json.dumps(texts, ensure_ascii=False, default=str).encode()
-    except (_Unfilled, ValueError, RecursionError) as error:
-        detail = str(error)[:200].encode(errors="backslashreplace").decode()
-        return Record(locator, None, reason=RejectReason.BAD_RECORD, detail=detail)
+    except (Unfilled, ValueError, RecursionError) as error:
+        return bad_record(locator, str(error).encode(errors="backslashreplace").decode())
     return record
+
+
+def bad_record(locator: str, detail: str) -> Record:
+    """Return the record that stands for one, or more, that nothing is known of."""
+    return Record(locator, None, reason=RejectReason.BAD_RECORD, detail=detail[:200])
 
 
 def value_names(dataset: Dataset) -> list[str]:
     """Return the names of all values that a dataset's rules and fields ask for, sorted."""
     rules = [dataset.id_rule, dataset.join_rule, dataset.image_url]
     fields = [dataset.text_field, dataset.url_field, dataset.licence_field, *dataset.extra_fields]
-    names = {match[1] for rule in rules if rule for match in _NAME.finditer(rule)}
-    return sorted(names | {name for name in fields if name is not None})
+    found = {name for rule in rules if rule for name in names(rule)}
+    return sorted(found | {name for name in fields if name is not None})
 
 
 def path_values(path: str, path_pattern: str | None) -> dict[str, str]:
@@ -104,47 +103,6 @@ def path_values(path: str, path_pattern: str | None) -> dict[str, str]:
     return values | {name: value for name, value in groups.items() if value is not None}
 
 
-def _fill(rule: str, values: Mapping[str, Any]) -> str:
-    """Put values into a rule.
-
-    Raises:
-        _Unfilled: one is missing or null, or nothing at all comes out.
-    """
-
-    def put(match: re.Match[str]) -> str:
-        name, function = match.groups()
-        value = _value(name, values)
-        if value is None:
-            raise _Unfilled(f"its {name} is null")
-        return FUNCTIONS[function](str(value)) if function else str(value)
-
-    filled = _NAME.sub(put, rule)
-    if not filled:
-        raise _Unfilled(f"{rule} gives nothing")
-    return filled
-
-
 def _optional(name: str | None, values: Mapping[str, Any]) -> str | None:
-    value = None if name is None else _value(name, values)
+    value = None if name is None else value_of(name, values)
     return None if value is None else str(value)
-
-
-def _value(name: str, values: Mapping[str, Any]) -> Any:
-    if name not in values:
-        raise _Unfilled(f"it has no {name!r}; it has {', '.join(sorted(values))}")
-    return values[name]
-
-
-def multimedia_commons_path(download_url: str) -> str:
-    """Return where the Multimedia Commons bucket keeps a YFCC100M picture, without its suffix.
-
-    The name is the MD5 of the picture's Flickr URL with each byte in hex, but without the zero of
-    a byte below 16; its first six digits are two folders.
-    """
-    digest = hashlib.md5(download_url.encode(), usedforsecurity=False).digest()
-    name = "".join(f"{byte:x}" for byte in digest)
-    return f"{name[:3]}/{name[3:6]}/{name}"
-
-
-FUNCTIONS: Mapping[str, Callable[[str], str]] = {"multimedia_commons_path": multimedia_commons_path}
-"""What a rule may do with a value, as in ``{downloadurl:multimedia_commons_path}``."""

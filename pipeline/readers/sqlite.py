@@ -17,9 +17,8 @@ from fsspec.implementations.local import LocalFileSystem
 from pipeline import storage
 from pipeline.dataset import Dataset
 from pipeline.errors import EvenmixError
-from pipeline.readers.items import identities, shard_name
-from pipeline.readers.rules import Record, describe, value_names
-from pipeline.reasons import RejectReason
+from pipeline.readers.items import identities, shard_name, states
+from pipeline.readers.rules import Record, bad_record, describe, value_names
 from pipeline.recipe import Images
 from pipeline.stage import WorkItem
 
@@ -55,7 +54,7 @@ def plan(name: str, dataset: Dataset, images: Images) -> list[WorkItem]:
         EvenmixError: a file is not local, is damaged, or has no such table or columns.
     """
     files = storage.glob_files(dataset.source)
-    paths = [local_path(name, file.url) for file in files]
+    paths = [local_path(name, file.url, file.num_bytes) for file in files]
     items = []
     for file, path, identity in zip(files, paths, identities(files), strict=True):
         table = find_table(path, dataset.table or "", file.num_bytes)
@@ -70,7 +69,7 @@ def plan(name: str, dataset: Dataset, images: Images) -> list[WorkItem]:
                 name,
                 shard_name(file.name, start),
                 inputs={**identity, "rowids": [start, stop]},
-                payload={"url": file.url},
+                payload={"url": file.url, "states": states([file])},
             )
             for start, stop in table.ranges(images.records_per_shard)
         ]
@@ -83,7 +82,7 @@ def read(dataset: Dataset, item: WorkItem, max_bytes: int) -> Iterator[Record]:
     Raises:
         EvenmixError: the file is damaged.
     """
-    path = local_path(item.dataset, item.payload["url"])
+    path = local_path(item.dataset, item.payload["url"], item.inputs["num_bytes"])
     table = find_table(path, dataset.table or "", item.inputs["num_bytes"])
     columns = [name for name in value_names(dataset) if name in table.columns]
     start, stop = item.inputs["rowids"]
@@ -92,8 +91,7 @@ def read(dataset: Dataset, item: WorkItem, max_bytes: int) -> Iterator[Record]:
         try:
             own = {name: _decoded(value) for name, value in zip(columns, values, strict=True)}
         except UnicodeDecodeError as error:
-            detail = f"its text: {error}"[:200]
-            yield Record(locator, None, reason=RejectReason.BAD_RECORD, detail=detail)
+            yield bad_record(locator, f"its text: {error}")
             continue
         yield describe(dataset, locator, {"row": rowid} | own)
 
@@ -102,7 +100,7 @@ def _decoded(value: Value) -> int | float | str | None:
     return value.decode() if isinstance(value, bytes) else value
 
 
-def local_path(name: str, url: str) -> str:
+def local_path(name: str, url: str, num_bytes: int) -> str:
     """Return the path of a SQLite file.
 
     Raises:
@@ -111,8 +109,8 @@ def local_path(name: str, url: str) -> str:
     fs, path = storage.filesystem(url)
     if not isinstance(fs, LocalFileSystem):
         raise EvenmixError(
-            f"{url} is not a local file, and SQLite reads no other; `evenmix mirror {name}` makes "
-            "Parquet of it, once, that every worker can read"
+            f"{url} ({num_bytes:,} bytes) is not a local file, and SQLite reads no other; "
+            f"`evenmix mirror {name}` makes Parquet of it, once, that every worker can read"
         )
     return path
 

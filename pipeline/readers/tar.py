@@ -3,9 +3,15 @@
 Other members are no records, as in a folder; but an archive among pictures may hold some that are
 not read, so it is one, with the reason ``missing_picture``. In a tar of tars a member's path begins
 with that of its tar: ``abbey/1.jpg`` in ``a.tar`` is ``a/abbey/1.jpg``.
+
+A compressed tar can only be read from its beginning. That is enough for a trial, of which it is one
+item; for more, `evenmix mirror` decompresses it.
 """
 
-from collections.abc import Iterator, Sequence
+import gzip
+import io
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, replace
 from pathlib import PurePosixPath
 from typing import BinaryIO
@@ -13,7 +19,7 @@ from typing import BinaryIO
 from pipeline import storage
 from pipeline.dataset import Dataset
 from pipeline.errors import EvenmixError
-from pipeline.readers.items import PICTURE_SUFFIXES, identities, shard_name
+from pipeline.readers.items import PICTURE_SUFFIXES, identities, shard_name, states
 from pipeline.readers.parts import WholeFile, open_whole, whole_files
 from pipeline.readers.rules import Record, describe, path_values
 from pipeline.readers.tar_ranges import (
@@ -23,62 +29,93 @@ from pipeline.readers.tar_ranges import (
     read_part,
     refuse_compressed,
     split,
+    truncated,
     walk,
 )
-from pipeline.readers.webdataset import truncated
 from pipeline.reasons import RejectReason
 from pipeline.recipe import Images
 from pipeline.stage import WorkItem
 
 _ARCHIVES = {".tar", ".gz", ".tgz", ".zip", ".bz2", ".xz", ".zst", ".7z"}
+_GZIPPED = (".tar.gz", ".tgz")
 _HOP_BYTES = 1 << 16
+_UNKNOWN_END = 1 << 62  # of a tar that is decompressed on the way
 
 
-def plan(name: str, dataset: Dataset, images: Images) -> list[WorkItem]:
+def plan(name: str, dataset: Dataset, images: Images, *, is_trial: bool = False) -> list[WorkItem]:
     """Make an item of each tar, or of each part of a large one; also of those inside a tar.
 
-    Only the first header of a tar is read, or all headers if there is a tar behind the first.
+    Only the first header of a tar is read, or all headers if there is a tar behind the first. For a
+    trial a tar may be compressed with gzip; then it is one item, however large.
 
     Raises:
         EvenmixError: a tar is compressed, or a tar of tars is damaged or has pictures too.
     """
     files = whole_files(storage.glob_files(dataset.source))
     for file in files:
-        refuse_compressed(file.url)
-    return [
-        WorkItem(
-            name,
-            shard_name(f"{file.name}/{tar}" if tar else file.name, number),
-            inputs={**identity, "member": tar, "part": list(astuple(part))},
-            payload={"url": file.url, "part_bytes": file.part_bytes},
-        )
-        for file, identity in zip(files, identities(files), strict=True)
-        for tar, begin, end in _tars(file)
-        for number, part in enumerate(split(begin, end, images.bytes_per_shard))
-    ]
+        if not (is_trial and file.name.endswith(_GZIPPED)):
+            refuse_compressed(file.url)
+    items = []
+    for file, identity in zip(files, identities(files), strict=True):
+        # The parts of a mirror are published once and never changed.
+        own_states = [] if file.part_bytes else states([file])
+        payload = {"url": file.url, "part_bytes": file.part_bytes, "states": own_states}
+        if file.name.endswith(_GZIPPED):
+            items.append(WorkItem(name, shard_name(file.name, 0), identity, payload))
+            continue
+        items += [
+            WorkItem(
+                name,
+                shard_name(f"{file.name}/{tar}" if tar else file.name, number),
+                inputs={**identity, "member": tar, "part": list(astuple(part))},
+                payload=payload,
+            )
+            for tar, begin, end in _tars(file)
+            for number, part in enumerate(split(begin, end, images.bytes_per_shard))
+        ]
+    return items
 
 
 def read(dataset: Dataset, item: WorkItem, max_bytes: int) -> Iterator[Record]:
     """Yield the pictures of a part of a tar; a damaged one ends with a ``truncated_archive``.
 
     Raises:
-        EvenmixError: the tar is out of reach, or a member holds a tar.
+        EvenmixError: the tar is out of reach, a member holds a tar, or a compressed one is damaged.
     """
     url, part_bytes = item.payload["url"], item.payload["part_bytes"]
-    prefix = item.inputs["file"] + "/"
-    folder = item.inputs["member"].rpartition(".")[0]
-    path = ""
-    with open_whole(url, item.inputs["num_bytes"], part_bytes) as file:
+    buffer_bytes = storage.stream_bytes(url)
+    with open_whole(url, item.inputs["num_bytes"], part_bytes, buffer_bytes) as file:
+        if "part" in item.inputs:
+            members = read_part(file, Part(*item.inputs["part"]), str, url)
+            yield from _records(dataset, item, file, members, max_bytes)
+            return
         try:
-            for member in read_part(file, Part(*item.inputs["part"]), str, url):
-                path = str(PurePosixPath(folder, member.name.lstrip("/")))
-                suffix = PurePosixPath(path).suffix.lower()
-                if member.is_file and suffix in PICTURE_SUFFIXES | _ARCHIVES:
-                    values = path_values(path, dataset.path_pattern)
-                    record = describe(dataset, prefix + path, values)
-                    yield _with_picture(record, file, member, max_bytes)
-        except DamagedTar as error:
-            yield truncated(prefix + path, path, error)
+            with io.BufferedReader(gzip.GzipFile(fileobj=file)) as tar:
+                # Neither the walk nor what is read of its members goes back.
+                members = walk(tar, 0, _UNKNOWN_END)
+                yield from _records(dataset, item, tar, members, max_bytes)
+        except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+            raise EvenmixError(
+                f"{url} cannot be decompressed ({error}); it is damaged or cut at its source"
+            ) from error
+
+
+def _records(
+    dataset: Dataset, item: WorkItem, file: BinaryIO, members: Iterable[Member], max_bytes: int
+) -> Iterator[Record]:
+    """Yield the pictures among the members of a tar, whose bytes are in ``file``."""
+    prefix = item.inputs["file"] + "/"
+    folder = item.inputs.get("member", "").rpartition(".")[0]
+    path = ""
+    try:
+        for member in members:
+            path = str(PurePosixPath(folder, member.name.lstrip("/")))
+            suffix = PurePosixPath(path).suffix.lower()
+            if member.is_file and suffix in PICTURE_SUFFIXES | _ARCHIVES:
+                record = describe(dataset, prefix + path, path_values(path, dataset.path_pattern))
+                yield _with_picture(record, file, member, max_bytes)
+    except DamagedTar as error:
+        yield truncated(prefix + path, path, error)
 
 
 def _tars(file: WholeFile) -> Sequence[tuple[str, int, int]]:

@@ -27,6 +27,8 @@ from pathlib import PurePosixPath
 from typing import BinaryIO
 
 from pipeline.errors import EvenmixError
+from pipeline.readers.rules import Record
+from pipeline.reasons import RejectReason
 
 _COMPRESSED = {".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst"}
 
@@ -100,6 +102,12 @@ def refuse_compressed(url: str) -> None:
         )
 
 
+def truncated(locator: str, last: str, error: DamagedTar) -> Record:
+    """Return the record that stands for all that is lost behind ``last``."""
+    detail = f"{error}; what follows {last or 'the beginning'} is lost: fetch it again"
+    return Record(locator, None, reason=RejectReason.TRUNCATED_ARCHIVE, detail=detail)
+
+
 def read_part(file: BinaryIO, part: Part, sample_of: SampleOf, url: str) -> Iterator[Member]:
     """Yield the members of a part, in order; between two of them ``file`` may be moved.
 
@@ -107,12 +115,13 @@ def read_part(file: BinaryIO, part: Part, sample_of: SampleOf, url: str) -> Iter
         DamagedTar: the chain breaks; what was yielded before is good.
         EvenmixError: the chain misses the next part's beginning: a member holds a tar.
     """
+    # The end first: what is read in search of the beginning is at hand when the members are.
+    stop = _boundary(file, part, part.end, part.tar_end, sample_of)
     position: int | None = part.begin
     if part.begin > part.tar_begin:
         position = _boundary(file, part, part.begin, part.end, sample_of)
     if position is None:
         return  # no member begins here
-    stop = _boundary(file, part, part.end, part.tar_end, sample_of)
     while position != stop:
         if stop is not None and position > stop:
             raise EvenmixError(

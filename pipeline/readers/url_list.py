@@ -2,33 +2,33 @@
 
 A source is a glob of Parquet files, of zip archives of JSON documents (as RedCaps is given out), or
 of bare JSON documents. Parquet is streamed; a JSON document is parsed whole, so its size is checked
-before a byte of it is read, and each part of a large one parses it anew and takes its share.
+before a byte of it is read. Each part of a large one takes its share of the records, and a process
+keeps the last document for the parts that follow.
 """
 
 import json
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import accumulate, pairwise
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import PurePosixPath
 from typing import Any
 from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
-import pyarrow as pa
-
 from pipeline import storage
 from pipeline.dataset import Dataset
 from pipeline.errors import EvenmixError
-from pipeline.readers.items import identities, shard_name
-from pipeline.readers.parquet import item_rows
-from pipeline.readers.rules import Record, describe, path_values, value_names
-from pipeline.reasons import RejectReason
+from pipeline.mirror_manifest import with_known_versions
+from pipeline.readers import rows
+from pipeline.readers.items import plan_files, shard_name, states
+from pipeline.readers.rules import Record, bad_record, describe
 from pipeline.recipe import Images
 from pipeline.stage import WorkItem
 from pipeline.storage import FileInfo
 
-MAX_DOCUMENT_BYTES = 512 << 20
-"""The largest JSON document that is parsed, which takes about five times that in memory."""
+MAX_DOCUMENT_BYTES = 256 << 20
+"""The largest JSON document that is parsed; one of RedCaps' takes five times that in memory."""
 
 _RECORD_BYTES = 600  # what a record of RedCaps takes, by which documents are cut into parts
 _BATCH_ROWS = 512
@@ -43,16 +43,8 @@ def plan(name: str, dataset: Dataset, images: Images) -> list[WorkItem]:
     Raises:
         EvenmixError: some files cannot be read at all; every one is named.
     """
-    files = storage.glob_files(dataset.source)
-    items, mistakes = list[WorkItem](), list[str]()
-    for file, identity in zip(files, identities(files), strict=True):
-        try:
-            items += _plan_file(name, dataset, images.records_per_shard, file, identity)
-        except EvenmixError as error:
-            mistakes.append(str(error))
-    if mistakes:
-        raise EvenmixError("\n  ".join([f"dataset {name} cannot be read:", *mistakes]))
-    return items
+    files = with_known_versions(storage.glob_files(dataset.source))
+    return plan_files(name, files, partial(_plan_file, name, dataset, images))
 
 
 def read(dataset: Dataset, item: WorkItem, max_bytes: int) -> Iterator[Record]:
@@ -64,35 +56,62 @@ def read(dataset: Dataset, item: WorkItem, max_bytes: int) -> Iterator[Record]:
         EvenmixError: the file is damaged.
     """
     if "rows" in item.inputs:
-        return _read_parquet(dataset, item)
+        return (record for record, _ in rows.read(dataset, item, _BATCH_ROWS))
     return _read_document(dataset, item)
 
 
+def first_record(dataset: Dataset, file: FileInfo) -> dict[str, Any]:
+    """Return the first record of a zip archive, or of a bare JSON document, as it is written.
+
+    Raises:
+        EvenmixError: there is none, or it cannot be read.
+    """
+    member = None
+    if file.name.endswith(".zip"):
+        with _open_zip(file.url, file.num_bytes) as archive:
+            member = next(iter(_documents(file.url, archive)), None)
+        if member is None:
+            raise EvenmixError(f"{file.url} has no JSON document; correct the source")
+    else:
+        _check_size(file.url, file.num_bytes)
+    place = _Document(file.url, file.num_bytes, file.version or file.modified, member)
+    try:
+        record = next(iter(_records(place, dataset.records_field)), None)
+    except (ValueError, RecursionError) as error:
+        raise EvenmixError(f"{place} has no records that can be read: {error}") from error
+    if not isinstance(record, dict):
+        raise EvenmixError(f"the first record of {place} is no object but {str(record)[:80]!r}")
+    return record
+
+
 def _plan_file(
-    name: str, dataset: Dataset, per_shard: int, file: FileInfo, identity: Mapping[str, Any]
-) -> Iterator[WorkItem]:
-    payload = {"url": file.url}
+    name: str, dataset: Dataset, images: Images, file: FileInfo, identity: Mapping[str, Any]
+) -> list[WorkItem]:
     suffix = PurePosixPath(file.name).suffix.lower()
     if suffix == ".parquet":
-        group_rows = _check_parquet(dataset, file.name, file.url)
-        for start, stop in item_rows(group_rows, per_shard):
-            inputs = {**identity, "rows": [start, stop]}
-            yield WorkItem(name, shard_name(file.name, start), inputs, payload)
-    elif suffix == ".zip":
-        with _open_zip(file.url) as archive:
+        with storage.open_parquet(file.url, file.num_bytes) as opened:
+            return rows.plan_file(name, dataset, images, file, identity, opened=opened)
+    payload = {"url": file.url, "states": states([file])}
+    if suffix == ".zip":
+        with _open_zip(file.url, file.num_bytes) as archive:
             members = list(_documents(file.url, archive).values())
-        for member in members:
-            for part in _parts(member.file_size, per_shard):
-                shard = shard_name(f"{file.name}/{member.filename}", part[0])
-                inputs = {**identity, "member": member.filename, "part": part}
-                yield WorkItem(name, shard, inputs, payload)
-    elif suffix == ".json":
+        return [
+            WorkItem(
+                name,
+                shard_name(f"{file.name}/{member.filename}", part[0]),
+                inputs={**identity, "member": member.filename, "part": part},
+                payload=payload,
+            )
+            for member in members
+            for part in _parts(member.file_size, images.records_per_shard)
+        ]
+    if suffix == ".json":
         _check_size(file.url, file.num_bytes)
-        for part in _parts(file.num_bytes, per_shard):
-            inputs = {**identity, "part": part}
-            yield WorkItem(name, shard_name(file.name, part[0]), inputs, payload)
-    else:
-        raise EvenmixError(f"{file.url} is no .parquet, .zip or .json; correct the source")
+        return [
+            WorkItem(name, shard_name(file.name, part[0]), {**identity, "part": part}, payload)
+            for part in _parts(file.num_bytes, images.records_per_shard)
+        ]
+    raise EvenmixError(f"{file.url} is no .parquet, .zip or .json; correct the source")
 
 
 def _parts(num_bytes: int, per_shard: int) -> list[list[int]]:
@@ -101,73 +120,28 @@ def _parts(num_bytes: int, per_shard: int) -> list[list[int]]:
     return [[part, num_parts] for part in range(num_parts)]
 
 
-def _place(dataset: Dataset, table: str, row: int) -> dict[str, Any]:
-    """Return what the place of a row tells; ``table`` is its file's path in source or archive."""
-    file = str(PurePosixPath(table).with_suffix(""))
-    return path_values(table, dataset.path_pattern) | {"file": file, "row": row}
+@dataclass(frozen=True)
+class _Document:
+    """Where a JSON document is: in a file of that size and version, or a member of such a zip."""
 
+    url: str
+    num_bytes: int
+    version: str | None
+    member: str | None
 
-# Parquet
-
-
-def _check_parquet(dataset: Dataset, name: str, url: str) -> list[int]:
-    """Check the columns of a Parquet file by its footer; return the rows of its row groups."""
-    with storage.open_parquet(url) as file:
-        columns, metadata = file.schema_arrow.names, file.metadata
-    known = {*columns, *_place(dataset, name, row=0)}
-    missing = [value for value in value_names(dataset) if value not in known]
-    if missing:
-        raise EvenmixError(
-            f"{url} has no column {', '.join(missing)} (it has {', '.join(columns)}); correct "
-            "the rules and field names of the dataset in the recipe, or replace the file"
-        )
-    return [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-
-
-def _read_parquet(dataset: Dataset, item: WorkItem) -> Iterator[Record]:
-    url, name = item.payload["url"], item.inputs["file"]
-    row, stop = item.inputs["rows"]
-    with storage.open_parquet(url) as file:
-        columns = [value for value in value_names(dataset) if value in file.schema_arrow.names]
-        sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-        bounds = list(pairwise(accumulate(sizes, initial=0)))
-        groups = [i for i, (begin, end) in enumerate(bounds) if begin < stop and end > row]
-        skip = row - bounds[groups[0]][0]
-        try:
-            for batch in file.iter_batches(_BATCH_ROWS, groups, columns, use_threads=False):
-                wanted = batch.slice(skip, stop - row)
-                for place in range(wanted.num_rows):
-                    yield _parquet_record(dataset, name, row + place, wanted.slice(place, 1))
-                row, skip = row + wanted.num_rows, max(skip - batch.num_rows, 0)
-                if row == stop:
-                    return
-        except (pa.ArrowException, OSError) as error:
-            raise EvenmixError(
-                f"{url} is damaged after row {row} ({error}); fetch the file again"
-            ) from error
-
-
-def _parquet_record(dataset: Dataset, name: str, row: int, values: pa.RecordBatch) -> Record:
-    locator = f"{name}:{row}"
-    try:
-        (own,) = values.to_pylist()
-    except UnicodeDecodeError as error:
-        return _bad_record(locator, f"its text: {error}")
-    return describe(dataset, locator, _place(dataset, name, row) | own)
-
-
-# JSON, by itself or in a zip archive
+    def __str__(self) -> str:
+        return self.url if self.member is None else f"{self.url}: {self.member}"
 
 
 @contextmanager
-def _open_zip(url: str) -> Iterator[ZipFile]:
+def _open_zip(url: str, num_bytes: int) -> Iterator[ZipFile]:
     """Open a zip archive, of which only the directory is fetched.
 
     Raises:
         EvenmixError: it is damaged; also for what is found while its members are read.
     """
     try:
-        with storage.open_file(url) as file, ZipFile(file) as archive:
+        with storage.open_file(url, num_bytes) as file, ZipFile(file) as archive:
             yield archive
     except (BadZipFile, EOFError, zlib.error, ValueError, NotImplementedError) as error:
         # The last two are what zipfile makes of absurd offsets, names and versions.
@@ -206,49 +180,50 @@ def _check_size(place: str, num_bytes: int) -> None:
 
 def _read_document(dataset: Dataset, item: WorkItem) -> Iterator[Record]:
     url, file_name, member = item.payload["url"], item.inputs["file"], item.inputs.get("member")
+    table = file_name if member is None else member
+    locator = file_name if member is None else f"{file_name}/{member}"
     part, num_parts = item.inputs["part"]
-    if member is None:
-        data, table, locator = storage.read_bytes(url), file_name, file_name
-    else:
-        data, table, locator = _read_member(url, member), member, f"{file_name}/{member}"
+    document = _Document(url, item.inputs["num_bytes"], item.inputs["version"], member)
     try:
-        records = _records(dataset, json.loads(data))
+        records = _records(document, dataset.records_field)
     except (ValueError, RecursionError) as error:
         if part == 0:
-            yield _bad_record(locator, f"none of its records can be read: {error}")
+            yield bad_record(locator, f"none of its records can be read: {error}")
         return
-    del data
     start, stop = (len(records) * cut // num_parts for cut in (part, part + 1))
     for row in range(start, stop):
         own = records[row]
         if isinstance(own, dict):
-            yield describe(dataset, f"{locator}:{row}", _place(dataset, table, row) | own)
+            values = rows.place_values(dataset, table, row) | own
+            yield describe(dataset, f"{locator}:{row}", values)
         else:
-            yield _bad_record(f"{locator}:{row}", f"it is no object but {str(own)[:80]!r}")
+            yield bad_record(f"{locator}:{row}", f"it is no object but {str(own)[:80]!r}")
 
 
-def _read_member(url: str, member: str) -> bytes:
-    with _open_zip(url) as archive:
+@lru_cache(maxsize=1)
+def _records(document: _Document, field: str | None) -> list[Any]:
+    """Return the list of records of a document, which is its value at ``field``, or itself.
+
+    Raises:
+        ValueError: there is none.
+        RecursionError: it is nested too deeply.
+        EvenmixError: the file is out of reach, or its archive is damaged.
+    """
+    content = json.loads(_read(document))
+    records = content.get(field) if field and isinstance(content, dict) else content
+    if not isinstance(records, list):
+        raise ValueError(f"no list at {field!r}" if field else "it is no list")
+    return records
+
+
+def _read(document: _Document) -> bytes:
+    url, member = document.url, document.member
+    if member is None:
+        return storage.read_bytes(url, 0, document.num_bytes)
+    with _open_zip(url, document.num_bytes) as archive:
         documents = _documents(url, archive)
         if member not in documents:
             raise EvenmixError(f"{url} has no {member} any more; start the command again")
         # Told no size, zipfile would unpack whatever the member holds, not what it claims.
         with archive.open(documents[member]) as file:
             return file.read(documents[member].file_size)
-
-
-def _records(dataset: Dataset, document: Any) -> list[Any]:
-    """Return the list of records of a parsed document.
-
-    Raises:
-        ValueError: there is none.
-    """
-    field = dataset.records_field
-    records = document.get(field) if field and isinstance(document, dict) else document
-    if not isinstance(records, list):
-        raise ValueError(f"no list at {field!r}" if field else "it is no list")
-    return records
-
-
-def _bad_record(locator: str, detail: str) -> Record:
-    return Record(locator, None, reason=RejectReason.BAD_RECORD, detail=detail[:200])

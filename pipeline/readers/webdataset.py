@@ -7,8 +7,8 @@ from typing import BinaryIO
 
 from pipeline import storage
 from pipeline.dataset import Dataset
-from pipeline.readers.items import PICTURE_SUFFIXES, identities, shard_name
-from pipeline.readers.rules import Record, describe, path_values
+from pipeline.readers.items import PICTURE_SUFFIXES, identities, shard_name, states
+from pipeline.readers.rules import Record, bad_record, describe, path_values
 from pipeline.readers.tar_ranges import (
     DamagedTar,
     Member,
@@ -16,6 +16,7 @@ from pipeline.readers.tar_ranges import (
     read_part,
     refuse_compressed,
     split,
+    truncated,
 )
 from pipeline.reasons import RejectReason
 from pipeline.recipe import Images
@@ -41,7 +42,7 @@ def plan(name: str, dataset: Dataset, images: Images) -> list[WorkItem]:
             name,
             shard_name(file.name, number),
             inputs={**identity, "bytes": [part.begin, part.end]},
-            payload={"url": file.url},
+            payload={"url": file.url, "states": states([file])},
         )
         for file, identity in zip(files, identities(files), strict=True)
         for number, part in enumerate(split(0, file.num_bytes, images.bytes_per_shard))
@@ -58,7 +59,7 @@ def read(dataset: Dataset, item: WorkItem, max_bytes: int) -> Iterator[Record]:
     """
     url, name, num_bytes = item.payload["url"], item.inputs["file"], item.inputs["num_bytes"]
     begin, end = item.inputs["bytes"]
-    with storage.open_file(url, num_bytes) as file:
+    with storage.open_file(url, num_bytes, storage.stream_bytes(url)) as file:
         key, files = "", dict[str, File]()
         try:
             for member in read_part(file, Part(0, num_bytes, begin, end), sample_key, url):
@@ -84,12 +85,6 @@ def sample_key(path: str) -> str:
     return folder + slash + base.partition(".")[0]
 
 
-def truncated(locator: str, last: str, error: DamagedTar) -> Record:
-    """Return the record that stands for all that is lost behind ``last``."""
-    detail = f"{error}; what follows {last or 'the beginning'} is lost: fetch it again"
-    return Record(locator, None, reason=RejectReason.TRUNCATED_ARCHIVE, detail=detail)
-
-
 def _content(file: BinaryIO, member: Member, suffix: str, max_bytes: int) -> bytes | int:
     if suffix not in _READ_SUFFIXES:
         return b""
@@ -107,11 +102,9 @@ def _record(dataset: Dataset, locator: str, key: str, files: Mapping[str, File])
     try:
         fields = json.loads(document) if isinstance(document, bytes) else None
     except (ValueError, RecursionError) as error:
-        detail = f"its JSON: {error}"[:200]
-        return Record(locator, None, reason=RejectReason.BAD_RECORD, detail=detail)
+        return bad_record(locator, f"its JSON: {error}")
     if not isinstance(fields, dict):
-        detail = "its JSON is too large, or no object"
-        return Record(locator, None, reason=RejectReason.BAD_RECORD, detail=detail)
+        return bad_record(locator, "its JSON is too large, or no object")
     values = path_values(path, dataset.path_pattern) | {"key": key} | fields
     record = describe(dataset, locator, values)
     if record.reason is not None:
