@@ -30,6 +30,7 @@ class VllmCaptioning:
     seed: int
     name: str = "caption"
     version: int = 1
+    items_at_once: int = 1
 
     @property
     def folder(self) -> str:

@@ -23,6 +23,7 @@ class SourceCaptioning:
     name: str = "caption"
     version: int = 1
     resource_hints: Mapping[str, str] = field(default_factory=dict)
+    items_at_once: int = 1
 
     @property
     def folder(self) -> str:

@@ -92,6 +92,7 @@ class FitClusters:
     name: str = "dedup-clusters"
     version: int = 1
     resource_hints: Mapping[str, str] = field(default_factory=dict)
+    items_at_once: int = 1
 
     def config(self, dataset: str) -> Mapping[str, Any]:
         """Return what decides the centroids."""
@@ -124,6 +125,7 @@ class FindPairs:
     name: str = "dedup-pairs"
     version: int = 1
     resource_hints: Mapping[str, str] = field(default_factory=dict)
+    items_at_once: int = 1
 
     def config(self, dataset: str) -> Mapping[str, Any]:
         """Return what decides the pairs."""
@@ -155,6 +157,7 @@ class ChooseKeepers:
     name: str = "dedup-removals"
     version: int = 1
     resource_hints: Mapping[str, str] = field(default_factory=dict)
+    items_at_once: int = 1
 
     def config(self, dataset: str) -> Mapping[str, Any]:
         """Return what decides the removals."""
@@ -226,6 +229,7 @@ class Deduplicate:
     name: str = "dedup"
     version: int = 1
     resource_hints: Mapping[str, str] = field(default_factory=dict)
+    items_at_once: int = 1
 
     def config(self, dataset: str) -> Mapping[str, Any]:
         """Return nothing: the removals, which are an input, decide."""

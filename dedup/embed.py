@@ -38,6 +38,7 @@ class Embed:
     name: str = "embed"
     version: int = 1
     resource_hints: Mapping[str, str] = field(default_factory=dict)
+    items_at_once: int = 1
 
     def config(self, dataset: str) -> Mapping[str, Any]:
         """Return the descriptor's identity, which has the hash of its weights."""

@@ -58,6 +58,7 @@ class Select:
     name: str = "select"
     version: int = 1
     resource_hints: Mapping[str, str] = field(default_factory=dict)
+    items_at_once: int = 1
 
     @property
     def root(self) -> str:

@@ -33,6 +33,7 @@ class Write:
     name: str = "mix"
     version: int = 1
     resource_hints: Mapping[str, str] = field(default_factory=dict)
+    items_at_once: int = 1
 
     @property
     def root(self) -> str:

@@ -13,6 +13,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from aiohttp.abc import AbstractResolver, ResolveResult
 
 _CONCURRENT_LOOKUPS = 16
+_KEEP_ANSWERS_S = 300.0
 
 # What Python 3.11 takes for global, beside multicast.
 _NOT_PUBLIC_V4 = (
@@ -81,7 +82,7 @@ def is_temporary(error: socket.gaierror) -> bool:
 
 
 class Resolver(AbstractResolver):
-    """Looks up each host once and gives out only addresses that may be connected to.
+    """Looks up each host once in five minutes; gives out only what may be connected to.
 
     It is made, used and closed in one event loop.
     """
@@ -135,13 +136,15 @@ class Resolver(AbstractResolver):
         if lookup is None:
             lookup = asyncio.get_running_loop().run_in_executor(self._threads, look_up, host)
             self._lookups[host] = lookup
-            lookup.add_done_callback(lambda done: self._forget_temporary_failure(host, done))
+            lookup.add_done_callback(lambda done: self._forget_in_time(host, done))
         # Whoever stops waiting, at a deadline, leaves the look-up to the others.
         return await asyncio.shield(lookup)
 
-    def _forget_temporary_failure(self, host: str, lookup: asyncio.Future[list[str]]) -> None:
+    def _forget_in_time(self, host: str, lookup: asyncio.Future[list[str]]) -> None:
         if lookup.cancelled():
             return
         error = lookup.exception()
         if isinstance(error, socket.gaierror) and is_temporary(error):
             del self._lookups[host]
+        else:
+            lookup.get_loop().call_later(_KEEP_ANSWERS_S, self._lookups.pop, host)

@@ -6,36 +6,27 @@ lost worker ends the job with a message within seconds, and a job whose parent i
 and its workers.
 """
 
-import argparse
 import contextlib
-import json
 import logging
 import multiprocessing
 import os
-import shlex
 import signal
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
-import apache_beam as beam
 import psutil
-from apache_beam.options.pipeline_options import PipelineOptions
-from apache_beam.runners.portability.fn_api_runner import FnApiRunner
-from apache_beam.transforms.environments import (
-    EmbeddedPythonEnvironment,
-    SubprocessSDKEnvironment,
-)
 
 from pipeline.errors import EvenmixError
-from pipeline.stage import Stage, WorkItem, publish_item, read_work_list
+from pipeline.stage import Stage
 
-_WORKER_MODULE = "pipeline.beam_worker"
-_CARRIED = "evenmix could not go on: "
+WORKER_MODULE = "pipeline.beam_worker"
+"""What the worker processes of a local job run."""
+
+_PIPELINE_MODULE = "pipeline.beam_pipeline"
 _LOST_WORKER_GRACE_S = 5.0
 _POLL_S = 0.5
 
@@ -56,75 +47,6 @@ class RunnerOptions:
         """Tell whether the job runs on this machine."""
         return not any(arg.split("=")[0] == "--runner" for arg in self.beam_args)
 
-    def pipeline(self, num_items: int) -> beam.Pipeline:
-        """Return an empty pipeline for so many items; one alone runs in the job's own process.
-
-        Raises:
-            EvenmixError: Beam's runner lacks an option that it needs.
-        """
-        # Beam would pickle the main module by default; nothing of ours lives there.
-        args = [*self.beam_args, "--no_save_main_session"]
-        if not self.is_local:
-            try:
-                return beam.Pipeline(options=PipelineOptions(args))
-            except ValueError as error:
-                raise EvenmixError(f"Beam refuses its options: {error}") from error
-        workers = max(1, min(self.workers, num_items))
-        command = f"{shlex.quote(sys.executable)} -m {_WORKER_MODULE}"
-        environment = (
-            SubprocessSDKEnvironment.from_command_string(command)
-            if workers > 1
-            else EmbeddedPythonEnvironment.default()
-        )
-        return beam.Pipeline(
-            runner=FnApiRunner(default_environment=environment),
-            options=PipelineOptions([*args, f"--direct_num_workers={workers}"]),
-        )
-
-
-class PublishItems(beam.DoFn):  # type: ignore[misc]
-    """Publishes work items of one stage."""
-
-    def __init__(self, stage: Stage) -> None:
-        self._stage = stage
-
-    def process(self, element: WorkItem) -> None:
-        """Publish one item."""
-        with _carry_message():
-            publish_item(self._stage, element)
-
-
-def _read_items(work_list_url: str) -> list[WorkItem]:
-    with _carry_message():
-        return read_work_list(work_list_url)
-
-
-@contextlib.contextmanager
-def _carry_message() -> Iterator[None]:
-    """Put the message of an EvenmixError in a form that :func:`_failure` finds again.
-
-    Beam turns exceptions into tracebacks, in which the end of a message of several lines cannot be
-    told from what follows it: as JSON it is one line with an end.
-    """
-    try:
-        yield
-    except EvenmixError as error:
-        raise RuntimeError(_CARRIED + json.dumps(str(error))) from None
-
-
-def build(pipeline: beam.Pipeline, stage: Stage, work_list_urls: Sequence[str]) -> beam.PCollection:
-    """Add a stage to a pipeline. Only references travel between its steps, never pictures."""
-    publish = beam.ParDo(PublishItems(stage))
-    if stage.resource_hints:
-        publish = publish.with_resource_hints(**stage.resource_hints)
-    return (
-        pipeline
-        | "WorkLists" >> beam.Create(work_list_urls)
-        | "ReadWorkList" >> beam.FlatMap(_read_items)
-        | "SpreadOverWorkers" >> beam.Reshuffle()
-        | "PublishItems" >> publish
-    )
-
 
 def run(
     stage: Stage,
@@ -140,7 +62,7 @@ def run(
     """
     # A fork server has imported Beam once and has no threads, so each job starts at once.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([_WORKER_MODULE, __name__])
+    context.set_forkserver_preload([WORKER_MODULE, _PIPELINE_MODULE])
     receiver, sender = context.Pipe(duplex=False)
     job = context.Process(
         target=_job_main, args=(stage, work_list_urls, options, dict(os.environ), sender)
@@ -187,6 +109,9 @@ def _job_main(
     sender: Connection,
 ) -> None:
     """Run the pipeline; the body of the job's process."""
+    # Only here, so that the command does without Beam.
+    from pipeline.beam_pipeline import failure_of, run_to_end  # noqa: PLC0415
+
     # The fork server has kept the environment of the moment when it was started.
     os.environ.update(environment)
     # The parent handles Ctrl-C for both.
@@ -198,27 +123,12 @@ def _job_main(
     else:
         logging.basicConfig(level=logging.INFO, force=True)
     try:
-        num_items = sum(len(read_work_list(url)) for url in work_list_urls)
-        pipeline = options.pipeline(num_items)
-        build(pipeline, stage, work_list_urls)
-        pipeline.run().wait_until_finish()
+        run_to_end(stage, work_list_urls, options)
     except Exception as error:
-        sender.send(_failure(error))
+        sender.send(failure_of(error))
     # Threads of Beam's may linger; all work is published or reported.
     _kill(_family(os.getpid())[:-1])
     os._exit(0)
-
-
-def _failure(error: Exception) -> Exception:
-    """Recover the message of an EvenmixError that Beam has wrapped into a worker's traceback."""
-    if isinstance(error, EvenmixError):
-        return error
-    text = str(error)
-    start = text.rfind(_CARRIED)
-    if start < 0:
-        return RuntimeError(text)
-    message, _ = json.JSONDecoder().raw_decode(text, start + len(_CARRIED))
-    return EvenmixError(message)
 
 
 def _watch_family(sender: Connection) -> None:
@@ -244,7 +154,7 @@ def _worker_pids(job: psutil.Process) -> list[int]:
     for child in job.children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             if child.status() != psutil.STATUS_ZOMBIE and any(
-                _WORKER_MODULE in word for word in child.cmdline()
+                WORKER_MODULE in word for word in child.cmdline()
             ):
                 pids.append(child.pid)
     return pids
@@ -262,12 +172,3 @@ def _kill(processes: Sequence[psutil.Process]) -> None:
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-
-
-def beam_option_names() -> list[str]:
-    """Return the names of all options that Beam knows, such as ``--runner``."""
-    parser = argparse.ArgumentParser(add_help=False, conflict_handler="resolve")
-    for options in (PipelineOptions, *PipelineOptions.__subclasses__()):
-        if "_add_argparse_args" in vars(options):
-            options._add_argparse_args(parser)
-    return [name for action in parser._actions for name in action.option_strings]

@@ -1,14 +1,13 @@
 """The options that every Beam stage's sub-command shares."""
 
 import argparse
-import difflib
 import os
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-from pipeline.beam_job import RunnerOptions, beam_option_names
-from pipeline.errors import EvenmixError
+from pipeline.beam_job import RunnerOptions
+from pipeline.errors import EvenmixError, did_you_mean
 from pipeline.recipe import Recipe, load_recipe
 
 
@@ -44,13 +43,21 @@ def runner_of(args: argparse.Namespace) -> RunnerOptions:
     """
     if args.workers < 1:
         raise EvenmixError(f"--workers {args.workers}: at least one is needed")
+    if args.beam_options:
+        _refuse_unknown(args)
+    return RunnerOptions(args.workers, tuple(args.beam_options))
+
+
+def _refuse_unknown(args: argparse.Namespace) -> None:
+    """Raise an EvenmixError if Beam does not have an option that is left for it."""
+    # It takes a second to import.
+    from pipeline.beam_pipeline import beam_option_names  # noqa: PLC0415
+
     known = beam_option_names()
     for before, word in pairwise([args.recipe or "", *args.beam_options]):
         name = word.split("=")[0]
         if not word.startswith("--") and (not before.startswith("--") or "=" in before):
             raise EvenmixError(f"{word!r} belongs to no option; there is one recipe a command")
         if word.startswith("--") and name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
+            hint = did_you_mean(name, known)
             raise EvenmixError(f"{name} is an option of neither evenmix nor Beam{hint}")
-    return RunnerOptions(args.workers, tuple(args.beam_options))

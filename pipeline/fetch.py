@@ -11,13 +11,15 @@ import asyncio
 import random
 import socket
 import ssl
+import threading
 import zlib
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import partial
 from time import monotonic
 from typing import TypeVar
 
@@ -30,14 +32,24 @@ from pipeline.reasons import RejectReason
 from pipeline.recipe import Fetch
 
 T = TypeVar("T")
+_TakeRoom = Callable[[int], Awaitable[None]]
 
 _REDIRECTS = {301, 302, 303, 307, 308}
 _PASSING = {408, 425, 429}  # and all from 500: what may be another answer later
 _TOO_MANY_REQUESTS = 429
 _MAX_DETAIL_CHARS = 200
-# Between requests of one call to one host little time passes, and a list of URLs can name more
-# hosts than a process may have open files.
+# Between requests to one host little time passes, and a list of URLs can name more hosts than a
+# process may have open files.
 _KEEP_CONNECTIONS_S = 2.0
+_SMALL_BYTES = 256 << 10
+"""The largest body that is handed over in the event loop, and that takes no room."""
+_ROOM_BYTES = 256 << 20
+"""What all larger bodies of a client may take at once."""
+# What the caller makes of a small body takes milliseconds, or else it is such a body as is made to
+# take long: then others must not wait, with their deadlines running.
+_SLOW_S = 0.05
+_SLOW_SHARE = 0.05
+"""The share of the event loop's time that slow bodies may take."""
 
 
 @dataclass(frozen=True)
@@ -68,34 +80,92 @@ def fetch_all(
 ) -> list[T]:
     """Fetch all URLs and return what ``then`` made of them, in their order.
 
-    ``then`` is called with the index of each URL and its outcome, in order of arrival, by one
-    thread, while others are still on their way. Its results are kept, the bodies are not: at most
-    twice ``policy.concurrency`` of them are in memory, those on their way and those that wait for
-    ``then``. An exception of ``then`` ends the downloads and is raised here.
+    ``then`` is called with the index of each URL and its outcome, in order of arrival, while others
+    are still on their way. Two threads call it, one of them for large bodies, so it must be
+    thread-safe. Its results are kept, the bodies are not: at most ``policy.concurrency`` of them
+    are in memory, and 256 MiB of those above 256 KiB (but one at least). An exception of ``then``
+    ends the downloads and is raised here.
+
+    Calls at the same time, in threads of one process, share these bounds, and what is known of
+    hosts, if they have the same policy.
     """
-    return asyncio.run(_fetch_all(urls, policy, max_bytes, then))
+    with _shared_client(policy, max_bytes) as shared:
+        call = asyncio.run_coroutine_threadsafe(_fetch_all(shared.client, urls, then), shared.loop)
+        try:
+            return call.result()
+        finally:
+            call.cancel()  # if this thread was interrupted
 
 
 async def _fetch_all(
-    urls: Sequence[str], policy: Fetch, max_bytes: int, then: Callable[[int, Fetched], T]
+    client: "_Client", urls: Sequence[str], then: Callable[[int, Fetched], T]
 ) -> list[T]:
-    loop = asyncio.get_running_loop()
-    with ThreadPoolExecutor(1, "then") as thread:
-        async with _open_client(policy, max_bytes) as client:
-
-            async def fetch_one(index: int, url: str) -> T:
-                fetched = await client.fetch(url)
-                try:
-                    return await loop.run_in_executor(thread, then, index, fetched)
-                finally:
-                    client.let_go(fetched)
-
-            try:
-                async with asyncio.TaskGroup() as group:
-                    tasks = [group.create_task(fetch_one(*each)) for each in enumerate(urls)]
-            except BaseExceptionGroup as errors:
-                raise errors.exceptions[0] from None
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(client.fetch(url, partial(then, index)))
+                for index, url in enumerate(urls)
+            ]
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
     return [task.result() for task in tasks]
+
+
+@dataclass
+class _Shared:
+    """A client, the event loop that it lives in, and how many calls use it now."""
+
+    client: "_Client"
+    loop: asyncio.AbstractEventLoop
+    closing: ExitStack
+    calls: int = 0
+
+
+_shared: dict[tuple[str, int], _Shared] = {}
+_shared_lock = threading.Lock()
+
+
+@contextmanager
+def _shared_client(policy: Fetch, max_bytes: int) -> Iterator[_Shared]:
+    """Give a client that all calls at the same time share; the last of them closes it."""
+    key = (policy.model_dump_json(), max_bytes)
+    with _shared_lock:
+        if key not in _shared:
+            with ExitStack() as stack:
+                client, loop = stack.enter_context(_client_in_thread(policy, max_bytes))
+                _shared[key] = _Shared(client, loop, stack.pop_all())
+        shared = _shared[key]
+        shared.calls += 1
+    try:
+        yield shared
+    finally:
+        with _shared_lock:
+            shared.calls -= 1
+            if not shared.calls:
+                del _shared[key]
+                shared.closing.close()
+
+
+@contextmanager
+def _client_in_thread(
+    policy: Fetch, max_bytes: int
+) -> Iterator[tuple["_Client", asyncio.AbstractEventLoop]]:
+    """Open a client in an event loop that runs in a thread of its own."""
+    with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
+        loop = runner.get_loop()
+        thread = threading.Thread(target=loop.run_forever, name="downloads", daemon=True)
+        thread.start()
+        opening = _open_client(policy, max_bytes)
+        try:
+            client = asyncio.run_coroutine_threadsafe(opening.__aenter__(), loop).result()
+            try:
+                yield client, loop
+            finally:
+                closing = opening.__aexit__(None, None, None)
+                asyncio.run_coroutine_threadsafe(closing, loop).result()
+        finally:
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
 
 
 class _Failure(Exception):
@@ -161,6 +231,7 @@ class _Host:
 
     def __init__(self, concurrency: int) -> None:
         self.turns = asyncio.Semaphore(concurrency)
+        self.users = 0  # those that wait for a turn or have one
         self.quiet_until = 0.0  # on the monotonic clock
 
     @property
@@ -168,45 +239,110 @@ class _Host:
         return self.quiet_until - monotonic()
 
 
+class _Room:
+    """The memory that large bodies share, given out in the order of asking."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._free_bytes = num_bytes
+        self._first_in_line = asyncio.Lock()
+        self._given_back = asyncio.Event()
+
+    async def take(self, num_bytes: int) -> None:
+        """Wait until there is room for so many bytes, and take it."""
+        async with self._first_in_line:
+            while num_bytes > self._free_bytes:
+                self._given_back.clear()
+                await self._given_back.wait()
+            self._free_bytes -= num_bytes
+
+    def give_back(self, num_bytes: int) -> None:
+        self._free_bytes += num_bytes
+        self._given_back.set()
+
+
+class _Place:
+    """The room of one body, none at first; it is given back at the end of the ``with`` block.
+
+    All of it is taken at once: bodies that had a part each could wait for one another for ever.
+    """
+
+    def __init__(self, room: _Room) -> None:
+        self._room = room
+        self._num_bytes = 0
+
+    def __enter__(self) -> "_Place":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._room.give_back(self._num_bytes)
+
+    async def take(self, num_bytes: int, deadline: asyncio.Timeout) -> None:
+        """Take so many bytes, if not yet done; the deadline does not run meanwhile."""
+        at_s = deadline.when()
+        if self._num_bytes or at_s is None:
+            return
+        loop = asyncio.get_running_loop()
+        left_s = at_s - loop.time()
+        deadline.reschedule(None)
+        await self._room.take(num_bytes)
+        self._num_bytes = num_bytes
+        deadline.reschedule(loop.time() + left_s)
+
+
 class _Client:
     """Fetches URLs by one policy in one event loop."""
 
     def __init__(
-        self, policy: Fetch, max_bytes: int, session: aiohttp.ClientSession, resolver: Resolver
+        self,
+        policy: Fetch,
+        max_bytes: int,
+        session: aiohttp.ClientSession,
+        resolver: Resolver,
+        thread: ThreadPoolExecutor,
     ) -> None:
         self._policy = policy
         self._max_bytes = max_bytes
         self._session = session
         self._resolver = resolver
+        self._thread = thread
         self._agent = policy.user_agent.split("/")[0].strip()
         self._opt_out = {directive.lower() for directive in policy.opt_out}
         self._turns = asyncio.Semaphore(policy.concurrency)
-        self._room_for_bodies = asyncio.Semaphore(policy.concurrency)
+        self._room = _Room(max(_ROOM_BYTES, max_bytes))
         self._hosts: dict[str, _Host] = {}
+        self._in_thread_until = 0.0  # on the monotonic clock
 
-    async def fetch(self, url: str) -> Fetched:
-        """Fetch one URL; hand the outcome to :meth:`let_go` when its body has been used."""
+    async def fetch(self, url: str, then: Callable[[Fetched], T]) -> T:
+        """Fetch one URL and return what ``then`` makes of the outcome."""
         visit = _Visit(url, url)
         while True:
             try:
-                return visit.outcome(await self._attempt(visit))
+                return await self._attempt(visit, then)
             except _Failure as failure:
                 if (
                     not failure.retryable
                     or failure.retry_after_s > self._policy.max_wait_s
                     or visit.attempts >= self._policy.attempts
                 ):
-                    return visit.outcome(b"", failure)
+                    return await self._hand_over(visit.outcome(b"", failure), then)
             longest_s = self._policy.backoff_s * 2 ** (visit.attempts - 1)
             await asyncio.sleep(random.random() * min(longest_s, self._policy.max_wait_s))
 
-    def let_go(self, fetched: Fetched) -> None:
-        """Say that a body is not needed any more, so that others can take its room."""
-        if fetched.reason is None:
-            self._room_for_bodies.release()
+    async def _hand_over(self, fetched: Fetched, then: Callable[[Fetched], T]) -> T:
+        """Call ``then``: here, which is the quickest, or in a thread if it may take long."""
+        begun = monotonic()
+        if len(fetched.body) > _SMALL_BYTES or begun < self._in_thread_until:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._thread, then, fetched)
+        try:
+            return then(fetched)
+        finally:
+            ended = monotonic()
+            if ended - begun > _SLOW_S:
+                self._in_thread_until = ended + (ended - begun) / _SLOW_SHARE
 
-    async def _attempt(self, visit: _Visit) -> bytes:
-        """Ask for the URL and for those that it redirects to; return the body."""
+    async def _attempt(self, visit: _Visit, then: Callable[[Fetched], T]) -> T:
+        """Ask for the URL and for those that it redirects to; hand over the body."""
         url = _checked(visit.asked)
         left_s = self._policy.timeout_s
         for hop in range(self._policy.max_redirects + 1):
@@ -215,12 +351,12 @@ class _Client:
                 if hop == 0:
                     visit.begin_attempt()
                 begun = monotonic()
-                answer = await self._ask(url, visit, left_s)
+                with _Place(self._room) as place:
+                    answer = await self._ask(url, visit, left_s, place)
+                    if isinstance(answer, bytes):
+                        # The turn is not given up before, which holds back the network.
+                        return await self._hand_over(visit.outcome(answer), then)
                 left_s -= monotonic() - begun
-                if isinstance(answer, bytes):
-                    # The turn is not given up before there is room, which holds back the network.
-                    await self._room_for_bodies.acquire()
-                    return answer
             url = answer
         raise _Failure(
             RejectReason.TOO_MANY_REDIRECTS, f"more than {self._policy.max_redirects} redirects"
@@ -229,42 +365,49 @@ class _Client:
     @asynccontextmanager
     async def _turn(self, url: URL) -> AsyncIterator[None]:
         """Wait until one more request may be in flight, to this host and in all."""
-        host = self._host(url)
-        async with host.turns:
-            while True:
-                if host.quiet_s > self._policy.max_wait_s:
-                    raise _Failure(
-                        RejectReason.UNAVAILABLE,
-                        f"{url.host} asked for no requests for another {host.quiet_s:.0f} s",
-                        retryable=True,
-                        retry_after_s=host.quiet_s,
-                    )
-                await asyncio.sleep(max(host.quiet_s, 0))
-                async with self._turns:
-                    if host.quiet_s <= 0:  # it may have asked for quiet in the meantime
-                        yield
-                        return
+        with self._host(url) as host:
+            async with host.turns:
+                while True:
+                    if host.quiet_s > self._policy.max_wait_s:
+                        raise _Failure(
+                            RejectReason.UNAVAILABLE,
+                            f"{url.host} asked for no requests for another {host.quiet_s:.0f} s",
+                            retryable=True,
+                            retry_after_s=host.quiet_s,
+                        )
+                    await asyncio.sleep(max(host.quiet_s, 0))
+                    async with self._turns:
+                        if host.quiet_s <= 0:  # it may have asked for quiet in the meantime
+                            yield
+                            return
 
-    def _host(self, url: URL) -> _Host:
+    @contextmanager
+    def _host(self, url: URL) -> Iterator[_Host]:
+        """Give what is known of a host, which is forgotten when it matters to nobody."""
         name = (url.raw_host or "").rstrip(".")
-        if name not in self._hosts:
-            self._hosts[name] = _Host(self._policy.per_host)
-        return self._hosts[name]
+        host = self._hosts.setdefault(name, _Host(self._policy.per_host))
+        host.users += 1
+        try:
+            yield host
+        finally:
+            host.users -= 1
+            if not host.users and host.quiet_s <= 0:
+                del self._hosts[name]
 
-    async def _ask(self, url: URL, visit: _Visit, left_s: float) -> bytes | URL:
+    async def _ask(self, url: URL, visit: _Visit, left_s: float, place: _Place) -> bytes | URL:
         """Send one request and return its answer, the body or where to look for it.
 
         Raises:
             _Failure: neither came within ``left_s`` seconds.
         """
         try:
-            async with asyncio.timeout(left_s):
+            async with asyncio.timeout(left_s) as deadline:
                 # aiohttp asks the resolver about names only, not about addresses in URLs.
                 await self._resolver.addresses(url.raw_host or "")
                 response = await self._session.get(url, allow_redirects=False)
                 visit.status = response.status
                 try:
-                    return await self._answer(url, response)
+                    return await self._answer(url, response, partial(place.take, deadline=deadline))
                 finally:
                     _hang_up(response)
         except _Failure as failure:
@@ -304,10 +447,12 @@ class _Client:
         has to wait longer than this file itself would.
         """
         if status == _TOO_MANY_REQUESTS or retry_after_s <= self._policy.max_wait_s:
-            host = self._host(url)
-            host.quiet_until = max(host.quiet_until, monotonic() + retry_after_s)
+            with self._host(url) as host:
+                host.quiet_until = max(host.quiet_until, monotonic() + retry_after_s)
 
-    async def _answer(self, url: URL, response: aiohttp.ClientResponse) -> bytes | URL:
+    async def _answer(
+        self, url: URL, response: aiohttp.ClientResponse, take_room: _TakeRoom
+    ) -> bytes | URL:
         status, headers = response.status, response.headers
         if status in _PASSING or status >= 500:
             raise _Failure(
@@ -324,23 +469,31 @@ class _Client:
             return _checked(headers["Location"], url)
         if status != 200:
             raise _Failure(RejectReason.BAD_RESPONSE, f"status {status} without what was asked for")
-        body = await self._body(response)
-        encoding = headers.get("Content-Encoding", "identity").strip().lower()
-        if body and encoding != "identity":
-            # Nobody who reads our Accept-Encoding does this, so it may be slow, but not here.
-            return await asyncio.to_thread(_inflate, body, encoding, self._max_bytes)
-        return body
-
-    async def _body(self, response: aiohttp.ClientResponse) -> bytes:
         if (response.content_length or 0) > self._max_bytes:
             detail = f"{response.content_length:,} bytes announced, more than {self._max_bytes:,}"
             raise _Failure(RejectReason.TOO_MANY_BYTES, detail)
-        chunks, num_bytes = list[bytes](), 0
+        encoding = headers.get("Content-Encoding", "identity").strip().lower()
+        if encoding == "identity":
+            return await self._body(response, take_room, response.content_length)
+        body = await self._body(response, take_room, None)
+        if body:
+            await take_room(self._max_bytes)
+            # Nobody who reads our Accept-Encoding does this, so it may be slow, but not here.
+            body = await asyncio.to_thread(_inflate, body, encoding, self._max_bytes)
+        return body
+
+    async def _body(
+        self, response: aiohttp.ClientResponse, take_room: _TakeRoom, num_bytes: int | None
+    ) -> bytes:
+        """Read a body of so many bytes, or up to ``max_bytes``."""
+        chunks, read_bytes = list[bytes](), 0
         async for chunk in response.content.iter_any():
-            num_bytes += len(chunk)
-            if num_bytes > self._max_bytes:
+            read_bytes += len(chunk)
+            if read_bytes > self._max_bytes:
                 raise _too_many_bytes(self._max_bytes)
             chunks.append(chunk)
+            if read_bytes > _SMALL_BYTES:
+                await take_room(num_bytes or self._max_bytes)
         return b"".join(chunks)
 
 
@@ -365,7 +518,8 @@ async def _open_client(policy: Fetch, max_bytes: int) -> AsyncIterator[_Client]:
             response_class=_Response,
             middlewares=(_ask_once,),
         ) as session:
-            yield _Client(policy, max_bytes, session, resolver)
+            with ThreadPoolExecutor(1, "large bodies") as thread:
+                yield _Client(policy, max_bytes, session, resolver, thread)
     finally:
         await resolver.close()
 

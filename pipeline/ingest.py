@@ -20,7 +20,7 @@ from pipeline.errors import EvenmixError
 from pipeline.exclusions import load_exclusions, stored_exclusions
 from pipeline.images import Limits
 from pipeline.ingest_stage import Ingest
-from pipeline.mirror import mirrored
+from pipeline.mirror import for_trial, mirrored
 from pipeline.progress import console
 from pipeline.receipts import read_receipt
 from pipeline.recipe import Corpus, Recipe
@@ -77,7 +77,8 @@ def plan(corpus: Corpus, trial: Trial = EVERYTHING) -> tuple[Ingest, list[WorkIt
         EvenmixError: a source is not there, cannot be read, or must be mirrored first.
     """
     datasets = {
-        name: _locate(corpus.root, name, dataset) for name, dataset in corpus.datasets.items()
+        name: _locate(corpus.root, name, dataset, trial)
+        for name, dataset in corpus.datasets.items()
     }
     limits = Limits(
         corpus.images.min_short_edge_px, corpus.images.max_pixels, corpus.images.max_bytes
@@ -92,21 +93,23 @@ def plan(corpus: Corpus, trial: Trial = EVERYTHING) -> tuple[Ingest, list[WorkIt
         limits=limits,
         fetch=corpus.fetch,
         exclusions=corpus.exclusions,
+        limit=trial.limit,
         sample_fraction=trial.sample_fraction,
     )
     items = []
     for name, dataset in sorted(datasets.items()):
-        planned = readers.plan(name, dataset, corpus.images)
+        planned = readers.plan(name, dataset, corpus.images, is_trial=trial.limit is not None)
         if trial.limit is not None:
             planned = _first_records(dataset, planned, trial.limit, limits.max_bytes)
         items += planned
     return stage, items
 
 
-def _locate(root: str, name: str, dataset: Dataset) -> Dataset:
+def _locate(root: str, name: str, dataset: Dataset, trial: Trial = EVERYTHING) -> Dataset:
     """Return a dataset as it is read: its mirror, or its source at a full revision."""
     if dataset.mirror:
-        return mirrored(root, name, dataset)
+        find = mirrored if trial.limit is None else for_trial
+        return find(root, name, dataset)
     revision = dataset.revision or _revision_begun(root, name)
     source, revision = hub.resolve(dataset.source, revision)
     return dataset.model_copy(update={"source": source, "revision": revision})

@@ -42,8 +42,8 @@ class Ingest:
     """The stage that makes R/images.
 
     ``datasets`` are as they are read: mirrored, at a full revision. ``origins`` are the URLs where
-    they come from, None for a local one. ``sample_fraction`` takes that part of the records, by
-    hash of the key.
+    they come from, None for a local one. A trial takes the first ``limit`` records of each dataset,
+    or ``sample_fraction`` of them by hash of the key.
     """
 
     root: str
@@ -52,11 +52,17 @@ class Ingest:
     limits: Limits
     fetch: Fetch
     exclusions: str | None = None
+    limit: int | None = None
     sample_fraction: float = 1.0
     name: str = "ingest"
     version: int = 2
     folder: str = IMAGES
     resource_hints: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def items_at_once(self) -> int:
+        """Two where all is downloaded: the slowest servers of the one leave time for the other."""
+        return 2 if all(dataset.is_fetched for dataset in self.datasets.values()) else 1
 
     def config(self, dataset: str) -> Mapping[str, Any]:
         """Return what decides the content of a shard: how records are read, what is kept.
@@ -75,6 +81,8 @@ class Ingest:
         }
         if spec.is_fetched:
             config["opt_out"] = self.fetch.opt_out
+        if self.limit is not None:
+            config["limit"] = self.limit
         if self.sample_fraction < 1:
             config["sample_fraction"] = self.sample_fraction
         return config

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from pipeline import beam_job, storage
+from pipeline import beam_job
 from pipeline.beam_job import RunnerOptions
 from pipeline.progress import Progress, console, exists_line, print_counts
 from pipeline.stage import (
@@ -11,6 +11,7 @@ from pipeline.stage import (
     finish,
     make_plan,
     remove_leftovers,
+    sweep_temporaries,
     write_work_lists,
 )
 from pipeline.summary import Summary, dataset_url, read_summary
@@ -30,9 +31,9 @@ def run_stage(
     plan = make_plan(stage, items)
     datasets = sorted({item.dataset for item in items})
     if plan.is_finished:
-        for dataset in datasets:
+        for dataset, generation in plan.summarised:
             # A run that was killed while this one or another was ending may have left some.
-            storage.sweep(dataset_url(stage.root, stage.folder, dataset))
+            sweep_temporaries(dataset_url(stage.root, stage.folder, dataset), generation)
         console.print(exists_line(stage), soft_wrap=True)
         return _summaries(stage, datasets)
     if plan.missing:

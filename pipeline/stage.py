@@ -107,6 +107,10 @@ class Stage(Protocol):
     def resource_hints(self) -> Mapping[str, str]:
         """Beam resource hints of the workers that process items (an accelerator, memory)."""
 
+    @property
+    def items_at_once(self) -> int:
+        """How many items one bundle of Beam's processes at a time, each in its own thread."""
+
     def config(self, dataset: str) -> Mapping[str, Any]:
         """The part of the configuration that decides what an item of ``dataset`` holds."""
 
@@ -188,7 +192,8 @@ def make_plan(stage: Stage, items: Sequence[WorkItem]) -> Plan:
             raise EvenmixError(
                 f"{dataset_url(stage.root, stage.folder, dataset)} is finished, but its inputs "
                 f"have grown by {len(added)} shards ({', '.join(added[:3])}...). A finished "
-                "dataset is not changed: give the new files a dataset name of their own."
+                "dataset is not changed: give the new files a dataset name of their own, or take "
+                "another root."
             )
         finished |= {f"{dataset}/{shard}": receipt for shard, receipt in receipts.items()}
     return Plan(items, finished, summarised)
@@ -203,8 +208,9 @@ def _refuse_other_identity(
 ) -> None:
     url = shard_url(stage, dataset, shard)
     remedy = (
-        "Give the new one another name in the recipe (dedup.name, a caption set's, mixture.name) "
-        "or another root, or remove that folder."
+        "Repeat the options and sources that it was made with; or, for other work, take another "
+        "root or another name (of the dataset, dedup.name, a caption set's, mixture.name), or "
+        "remove that folder. After `evenmix ingest --retry` dedup and mixture need new names."
     )
     if planned is None:
         raise EvenmixError(f"{url} was made from inputs that this run does not have. {remedy}")
@@ -283,6 +289,11 @@ def publish_item(stage: Stage, item: WorkItem) -> None:
     metadata = {METADATA_KEY: receipt.to_json()}
     if not storage.publish(url, storage.parquet_bytes(output.table, metadata)):
         _refuse_other_identity(stage, item.dataset, item.shard, read_receipt(url), identity)
+        return
+    for suffix, data in ((".tar", output.tar), (REJECTED_SUFFIX, rejected)):
+        # A run with other settings may have taken it for a leftover a moment before the commit.
+        if data is not None and not storage.exists(f"{stem}{suffix}"):
+            storage.replace(f"{stem}{suffix}", data)
 
 
 def _rejected_bytes(output: Output) -> bytes | None:
@@ -363,7 +374,8 @@ def remove_leftovers(stage: Stage, items: Sequence[WorkItem]) -> None:
             if item.dataset != dataset or name not in there:
                 continue
             made_by = storage.parquet_metadata(storage.join(folder, name)).get(_MADE_BY)
-            if made_by != fingerprint(item_identity(stage, item)):
+            is_other = made_by != fingerprint(item_identity(stage, item))
+            if is_other and not storage.exists(shard_url(stage, dataset, item.shard)):
                 for suffix in (".tar", REJECTED_SUFFIX, OBSERVED_SUFFIX):
                     storage.remove(storage.join(folder, f"{item.shard}{suffix}"))
 
@@ -371,17 +383,14 @@ def remove_leftovers(stage: Stage, items: Sequence[WorkItem]) -> None:
 def write_work_lists(stage: Stage, items: Sequence[WorkItem]) -> list[str]:
     """Store work items as JSON lines, so that no job description has to carry them.
 
-    There is one list a dataset, beside its shards: it goes when that dataset is finished, and
-    never the list of a build that is busy with another.
+    There is one list for each generation of a dataset, beside its shards: it goes when that is
+    finished, and never the list of a build that is busy with another.
     """
     urls = []
-    for dataset in sorted({item.dataset for item in items}):
-        lines = "".join(
-            json.dumps(asdict(item), sort_keys=True) + "\n"
-            for item in items
-            if item.dataset == dataset
-        )
-        name = f"{storage.TEMPORARY_PREFIX}work-{fingerprint({'lines': lines})[:16]}.jsonl"
+    for (dataset, generation), group in _by_generation(items).items():
+        lines = "".join(json.dumps(asdict(item), sort_keys=True) + "\n" for item in group)
+        digest = fingerprint({"lines": lines})[:16]
+        name = f"{storage.TEMPORARY_PREFIX}work-{digest}.r{generation}.jsonl"
         urls.append(storage.join(dataset_url(stage.root, stage.folder, dataset), name))
         storage.publish(urls[-1], lines.encode())
     return urls
@@ -422,9 +431,20 @@ def finish(stage: Stage, items: Sequence[WorkItem]) -> None:
         storage.publish(storage.join(folder, summary_name(generation)), summary.to_json())
 
 
+def sweep_temporaries(folder: str, generation: int) -> None:
+    """Remove temporary files of a generation that is finished; a retry may be busy with the next.
+
+    A writer that is still busy with one of them has lost anyway.
+    """
+    for file in storage.list_files(folder):
+        name = file.name.rpartition("/")[2]
+        if name.startswith(storage.TEMPORARY_PREFIX) and generation_of(name) == generation:
+            storage.remove(file.url)
+
+
 def _sweep(folder: str, receipts: Mapping[str, Receipt], generation: int) -> None:
     """Remove what killed runs left in the folder of a generation whose items are all published."""
-    storage.sweep(folder)
+    sweep_temporaries(folder, generation)
     kept = {
         f"{shard}{suffix}"
         for shard, receipt in receipts.items()

@@ -20,7 +20,7 @@ from pipeline.receipts import Counts, Receipt, total
 SUMMARY = re.compile(r"stage(?:\.r(\d+))?\.json")
 """The names of the files with summaries."""
 
-_GENERATION = re.compile(r"\.r(\d+)$")
+_GENERATION = re.compile(r"\.r(\d+)(?=$|\.(?:tar|(?:rejected\.|fetch\.)?parquet|jsonl?)$)")
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def merge(summaries: Sequence[Summary]) -> Summary:
 
 
 def generation_of(shard: str) -> int:
-    """Return the generation of a shard: 0, or the number of the retry that made it."""
+    """Return the generation of a shard or of its file: 0, or the number of its retry."""
     match = _GENERATION.search(shard)
     return int(match[1]) if match else 0
 
@@ -108,7 +108,15 @@ def dataset_url(root: str, folder: str, dataset: str) -> str:
 def read_generation(root: str, folder: str, dataset: str, generation: int) -> Summary | None:
     """Return the summary of one generation, or None if it has not finished."""
     url = storage.join(dataset_url(root, folder, dataset), summary_name(generation))
-    return Summary.from_json(storage.read_bytes(url)) if storage.exists(url) else None
+    if not storage.exists(url):
+        return None
+    try:
+        return Summary.from_json(storage.read_bytes(url))
+    except (ValueError, KeyError, TypeError) as error:
+        raise EvenmixError(
+            f"{url} is damaged ({error!r}); remove it and start the stage's command again, which "
+            "sums up the shards anew"
+        ) from error
 
 
 def read_generations(root: str, folder: str, dataset: str) -> list[Summary]:

@@ -41,6 +41,7 @@ class Words:
     version: int = 1
     folder: str = "words"
     resource_hints: Mapping[str, str] = field(default_factory=dict)
+    items_at_once: int = 1
 
     def config(self, dataset: str) -> Mapping[str, Any]:
         return {"min_length": self.min_length}

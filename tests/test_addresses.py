@@ -85,6 +85,22 @@ def test_a_name_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asyncio.run(resolve()) == ["8.8.8.8"] * 4
 
 
+def test_an_answer_is_forgotten_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([["8.8.8.8"], ["127.0.0.1"]])
+    monkeypatch.setattr(addresses, "look_up", lambda host: next(answers))
+    monkeypatch.setattr(addresses, "_KEEP_ANSWERS_S", 0.05)
+
+    async def main() -> None:
+        resolver = Resolver(allow_private=False)
+        assert await resolver.addresses("example.com") == ["8.8.8.8"]
+        await asyncio.sleep(0.2)
+        with pytest.raises(PrivateAddressError):
+            await resolver.addresses("example.com")
+        await resolver.close()
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize(("error", "lookups"), [(socket.EAI_AGAIN, 2), (socket.EAI_NONAME, 1)])
 def test_only_a_temporary_failure_is_looked_up_again(
     monkeypatch: pytest.MonkeyPatch, error: int, lookups: int

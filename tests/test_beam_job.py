@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,9 +14,10 @@ import pytest
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
 from pipeline import beam_job, storage
-from pipeline.beam_job import RunnerOptions, beam_option_names
+from pipeline.beam_job import RunnerOptions
+from pipeline.beam_pipeline import PublishItems, beam_option_names, empty_pipeline
 from pipeline.errors import EvenmixError
-from pipeline.stage import write_work_lists
+from pipeline.stage import Output, WorkItem, write_work_lists
 from tests.stages import Words, items
 
 TWO_WORKERS = RunnerOptions(workers=2)
@@ -101,6 +103,56 @@ def test_a_killed_process_ends_the_job_within_a_minute(tmp_path: Path, victim: s
     assert storage.exists(f"{tmp_path}/words/d/b.parquet")
 
 
+class Watched(Words):
+    """Words that tell how many items are under way in this process."""
+
+    running = 0
+    most_running = 0
+
+    def process(self, item: WorkItem) -> Output:
+        Watched.running += 1
+        Watched.most_running = max(Watched.most_running, Watched.running)
+        try:
+            return super().process(item)
+        finally:
+            Watched.running -= 1
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_a_bundle_does_as_many_items_at_once_as_the_stage_wants(
+    tmp_path: Path, at_once: int
+) -> None:
+    Watched.most_running = 0
+    bundle = PublishItems(Watched(str(tmp_path), pause_s=0.05, items_at_once=at_once))
+    bundle.start_bundle()
+    for item in items(*"abcdefg"):
+        bundle.process(item)
+    bundle.finish_bundle()
+    assert Watched.most_running == at_once
+    for shard in "abcdefg":
+        assert storage.exists(f"{tmp_path}/words/d/{shard}.parquet")
+
+
+@pytest.mark.parametrize("num_items", [2, 3])
+def test_an_error_of_an_item_ends_its_bundle_and_leaves_nothing_running(
+    tmp_path: Path, num_items: int
+) -> None:
+    """It is raised where a place is waited for, or at the end."""
+    threads = set(threading.enumerate())
+    stage = Watched(str(tmp_path), pause_s=0.1, defect="odd", items_at_once=2)
+    bundle = PublishItems(stage)
+    bundle.start_bundle()
+    first, second, *others = items(*"abc"[:num_items])
+    bundle.process(first)
+    bundle.process(second)
+    with pytest.raises(ValueError, match="odd"):
+        if others:
+            bundle.process(*others)
+        bundle.finish_bundle()
+    assert set(threading.enumerate()) == threads
+    assert Watched.running == 0
+
+
 PARENT = """
 import signal
 import sys
@@ -132,6 +184,22 @@ def test_a_job_whose_command_ended_ends_too(tmp_path: Path, end: signal.Signals)
     assert psutil.wait_procs(family, timeout=15)[1] == []
 
 
+ALONE = """
+import sys
+from pipeline import beam_job, command_options, ingest
+from pipeline.stage import write_work_lists
+from tests.stages import Words, items
+stage = Words(sys.argv[1])
+beam_job.run(stage, write_work_lists(stage, items("a")), beam_job.RunnerOptions(), lambda: None)
+assert "apache_beam" not in sys.modules
+"""
+
+
+def test_the_command_itself_does_without_beam(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", ALONE, str(tmp_path)], check=True)
+    assert storage.exists(f"{tmp_path}/words/d/a.parquet")
+
+
 def test_beam_options_are_known_by_name() -> None:
     names = beam_option_names()
     assert {"--runner", "--project", "--max_num_workers", "--direct_num_workers"} <= set(names)
@@ -143,7 +211,7 @@ def test_a_runner_among_beams_options_is_taken() -> None:
     for args in [("--runner", "DataflowRunner"), ("--runner=DataflowRunner",)]:
         assert not RunnerOptions(2, args).is_local
         with pytest.raises(EvenmixError, match="Missing required option: project"):
-            RunnerOptions(2, args).pipeline(5)
-    local = RunnerOptions(4).pipeline(3)
+            empty_pipeline(RunnerOptions(2, args), 5)
+    local = empty_pipeline(RunnerOptions(4), 3)
     assert type(local.runner) is FnApiRunner
     assert local.options.get_all_options()["direct_num_workers"] == 3

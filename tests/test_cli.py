@@ -90,7 +90,7 @@ def test_a_recipe_with_a_mistake(tmp_path: Path) -> None:
         (
             ["--max_num_wokers=3"],
             "--max_num_wokers is an option of neither evenmix nor Beam; did you mean "
-            "--max_num_workers?",
+            "'--max_num_workers'?",
         ),
         (["other.toml"], "'other.toml' belongs to no option; there is one recipe a command"),
         (["--workers", "0"], "--workers 0: at least one is needed"),

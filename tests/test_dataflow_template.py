@@ -6,7 +6,7 @@ import apache_beam as beam
 import pytest
 
 from captioning.from_model import VllmCaptioning
-from pipeline import beam_job
+from pipeline import beam_pipeline
 from pipeline.dataset import Dataset
 from pipeline.images import Limits
 from pipeline.ingest_stage import Ingest
@@ -54,7 +54,7 @@ def stage_job(stage: Stage, bucket_url: str) -> StagedJob:
     ]
     work_lists = write_work_lists(stage, items)
     return stage_template(
-        lambda pipeline: beam_job.build(pipeline, stage, work_lists),
+        lambda pipeline: beam_pipeline.build(pipeline, stage, work_lists),
         f"{bucket_url}/job",
         ("--max_num_workers=7", "--number_of_worker_harness_threads=3"),
     )

@@ -130,9 +130,10 @@ def test_other_settings_are_refused_with_what_differs(root: str, change: dict[st
     ((name, value),) = change.items()
     place = {"min_length": "config.min_length", "version": "version"}[name]
     expected = (
-        f"{root}/words/d/a.parquet was made in another way ({place}: 1 -> {value}). Give the new "
-        "one another name in the recipe (dedup.name, a caption set's, mixture.name) or another "
-        "root, or remove that folder."
+        f"{root}/words/d/a.parquet was made in another way ({place}: 1 -> {value}). Repeat the "
+        "options and sources that it was made with; or, for other work, take another root or "
+        "another name (of the dataset, dedup.name, a caption set's, mixture.name), or remove that "
+        "folder. After `evenmix ingest --retry` dedup and mixture need new names."
     )
     changed = Words(root, **change)
     with pytest.raises(EvenmixError) as caught:
@@ -295,3 +296,27 @@ def test_a_file_of_another_program_is_refused(root: str) -> None:
     storage.publish(f"{root}/words/d/a.parquet", storage.parquet_bytes(table, {}))
     with pytest.raises(EvenmixError, match=r"a\.parquet was not written by evenmix"):
         make_plan(Words(root), items("a"))
+
+
+def test_a_finished_generation_leaves_the_next_one_its_work_list(root: str) -> None:
+    stage, work, retried = Words(root), items("a"), items("a.r1")
+    publish_all(stage, work)
+    finish(stage, work)
+    (work_list,) = write_work_lists(stage, retried)
+    storage.publish(f"{root}/words/d/.temporary-0123-a.r1.tar", b"on its way")
+    run_stage(stage, work, ONE_WORKER)
+    assert read_work_list(work_list) == retried
+    publish_all(stage, retried)
+    finish(stage, retried)
+    assert contents(f"{root}/words/d").keys() == {
+        *("a.parquet", "a.tar", "stage.json", "a.r1.parquet", "a.r1.tar", "stage.r1.json")
+    }
+
+
+def test_a_damaged_summary_is_named(root: str) -> None:
+    stage, work = Words(root), items("a")
+    publish_all(stage, work)
+    finish(stage, work)
+    storage.replace(f"{root}/words/d/stage.json", b"{}")
+    with pytest.raises(EvenmixError, match=r"stage\.json is damaged .* remove it"):
+        make_plan(stage, work)

@@ -1,0 +1,154 @@
+"""A stage as a Beam pipeline: what the process of a job runs.
+
+The command itself, which only starts that process and waits, does without Beam: it takes a second
+to import, and 80 MB.
+"""
+
+import argparse
+import contextlib
+import json
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+
+import apache_beam as beam
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from apache_beam.transforms.environments import (
+    EmbeddedPythonEnvironment,
+    SubprocessSDKEnvironment,
+)
+
+from pipeline.beam_job import WORKER_MODULE, RunnerOptions
+from pipeline.errors import EvenmixError
+from pipeline.stage import Stage, WorkItem, publish_item, read_work_list
+
+_CARRIED = "evenmix could not go on: "
+
+
+def run_to_end(stage: Stage, work_list_urls: Sequence[str], options: RunnerOptions) -> None:
+    """Run a stage's work lists; see :func:`failure_of` for what is raised."""
+    num_items = sum(len(read_work_list(url)) for url in work_list_urls)
+    pipeline = empty_pipeline(options, num_items)
+    build(pipeline, stage, work_list_urls)
+    pipeline.run().wait_until_finish()
+
+
+def empty_pipeline(options: RunnerOptions, num_items: int) -> beam.Pipeline:
+    """Return an empty pipeline for so many items; one alone runs in the job's own process.
+
+    Raises:
+        EvenmixError: Beam's runner lacks an option that it needs.
+    """
+    # Beam would pickle the main module by default; nothing of ours lives there.
+    args = [*options.beam_args, "--no_save_main_session"]
+    if not options.is_local:
+        try:
+            return beam.Pipeline(options=PipelineOptions(args))
+        except ValueError as error:
+            raise EvenmixError(f"Beam refuses its options: {error}") from error
+    workers = max(1, min(options.workers, num_items))
+    command = f"{shlex.quote(sys.executable)} -m {WORKER_MODULE}"
+    environment = (
+        SubprocessSDKEnvironment.from_command_string(command)
+        if workers > 1
+        else EmbeddedPythonEnvironment.default()
+    )
+    return beam.Pipeline(
+        runner=FnApiRunner(default_environment=environment),
+        options=PipelineOptions([*args, f"--direct_num_workers={workers}"]),
+    )
+
+
+def build(pipeline: beam.Pipeline, stage: Stage, work_list_urls: Sequence[str]) -> beam.PCollection:
+    """Add a stage to a pipeline. Only references travel between its steps, never pictures."""
+    publish = beam.ParDo(PublishItems(stage))
+    if stage.resource_hints:
+        publish = publish.with_resource_hints(**stage.resource_hints)
+    return (
+        pipeline
+        | "WorkLists" >> beam.Create(work_list_urls)
+        | "ReadWorkList" >> beam.FlatMap(_read_items)
+        | "SpreadOverWorkers" >> beam.Reshuffle()
+        | "PublishItems" >> publish
+    )
+
+
+def _read_items(work_list_url: str) -> list[WorkItem]:
+    with _carry_message():
+        return read_work_list(work_list_url)
+
+
+class PublishItems(beam.DoFn):  # type: ignore[misc]
+    """Publishes work items of one stage, ``stage.items_at_once`` at a time.
+
+    So the last downloads of an item, which wait for slow servers, leave nothing idle. An item that
+    fails ends the bundle with its error, when the others that have begun are done; nothing
+    outlives a bundle.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+
+    def start_bundle(self) -> None:
+        """Begin without items."""
+        self._threads = ThreadPoolExecutor(self._stage.items_at_once, "item")
+        self._begun = set[Future[None]]()
+
+    def process(self, element: WorkItem) -> None:
+        """Begin an item, as soon as there is a place for it."""
+        if len(self._begun) == self._stage.items_at_once:
+            self._wait_for_one()
+        self._begun.add(self._threads.submit(publish_item, self._stage, element))
+
+    def finish_bundle(self) -> None:
+        """Bring all items to their end."""
+        while self._begun:
+            self._wait_for_one()
+        self._threads.shutdown()
+
+    def _wait_for_one(self) -> None:
+        """Wait until an item is done; raise its error when no other is under way."""
+        done, self._begun = wait(self._begun, return_when=FIRST_COMPLETED)
+        with _carry_message():
+            try:
+                for item in done:
+                    item.result()
+            except BaseException:
+                self._threads.shutdown()
+                raise
+
+
+@contextlib.contextmanager
+def _carry_message() -> Iterator[None]:
+    """Put the message of an EvenmixError in a form that :func:`failure_of` finds again.
+
+    Beam turns exceptions into tracebacks, in which the end of a message of several lines cannot be
+    told from what follows it: as JSON it is one line with an end.
+    """
+    try:
+        yield
+    except EvenmixError as error:
+        raise RuntimeError(_CARRIED + json.dumps(str(error))) from None
+
+
+def failure_of(error: Exception) -> Exception:
+    """Recover the message of an EvenmixError that Beam has wrapped into a worker's traceback."""
+    if isinstance(error, EvenmixError):
+        return error
+    text = str(error)
+    start = text.rfind(_CARRIED)
+    if start < 0:
+        return RuntimeError(text)
+    message, _ = json.JSONDecoder().raw_decode(text, start + len(_CARRIED))
+    return EvenmixError(message)
+
+
+def beam_option_names() -> list[str]:
+    """Return the names of all options that Beam knows, such as ``--runner``."""
+    parser = argparse.ArgumentParser(add_help=False, conflict_handler="resolve")
+    for options in (PipelineOptions, *PipelineOptions.__subclasses__()):
+        if "_add_argparse_args" in vars(options):
+            options._add_argparse_args(parser)
+    return [name for action in parser._actions for name in action.option_strings]
