@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -97,20 +98,13 @@ def main() -> int:
     """Run the benchmark; returns 1 if the tools did not keep the same number of pictures."""
     options = _options()
     console = Console()
-    tools = [
-        Tool("evenmix", _evenmix, _failed_of_evenmix),
-        Tool(
-            "img2dataset",
-            lambda urls, root: _img2dataset(options.img2dataset, urls, root, "skip_reencode"),
-            _failed_of_img2dataset,
-        ),
-        Tool(
-            "img2dataset, no decoding",
-            lambda urls, root: _img2dataset(
-                options.img2dataset, urls, root, "disable_all_reencoding"
-            ),
-            _failed_of_img2dataset,
-        ),
+    tools = [Tool("evenmix", _evenmix, _failed_of_evenmix)] + [
+        Tool(name, partial(_img2dataset, options.img2dataset, more), _failed_of_img2dataset)
+        for name, more in (
+            ("img2dataset", ["--skip_reencode=True"]),
+            ("img2dataset, re-encoding", []),
+            ("img2dataset, no decoding", ["--disable_all_reencoding=True"]),
+        )
     ]
     runs: dict[str, list[Run]] = {tool.name: [] for tool in tools}
     with _server() as port, tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
@@ -190,12 +184,12 @@ def _failed_of_evenmix(root: Path) -> int:
 # img2dataset
 
 
-def _img2dataset(program: str, url_list: Path, root: Path, faster: str) -> list[str]:
+def _img2dataset(program: str, more: Sequence[str], url_list: Path, root: Path) -> list[str]:
     options = [
         f"--{name}={value.format(url_list=url_list, root=root)}"
         for name, value in IMG2DATASET.items()
     ]
-    return [program, *options, f"--{faster}=True"]
+    return [program, *options, *more]
 
 
 def _failed_of_img2dataset(root: Path) -> int:
