@@ -27,6 +27,7 @@ EXTRAS = {
         "apache-beam>=2.76",
         "huggingface_hub>=2.4",
         "psutil>=6.0",
+        "simplejpeg>=1.8",
     ],
     "gcs": ["gcsfs>=2026.2"],
     "gcp": ["apache-beam[gcp]>=2.76", "gcsfs>=2026.2"],

@@ -101,6 +101,19 @@ def test_one_pixel_is_a_picture_and_is_too_small() -> None:
     assert reason_of(data, Limits(2, 100, 1000)) == RejectReason.TOO_SMALL
 
 
+@pytest.mark.parametrize("tail", [b"\xff\xd9", bytes(1000) + b"\xff\xd9"])
+def test_a_jpeg_that_was_cut_and_ended_again_is_truncated(tail: bytes) -> None:
+    """Decoders fill what is missing with grey and only warn of it."""
+    data = pictures.save(pictures.smooth(200, 200), "JPEG", quality=95)
+    assert reason_of(data[: len(data) // 2] + tail, LIMITS) == RejectReason.TRUNCATED
+
+
+def test_a_jpeg_with_a_fault_that_no_viewer_minds_is_kept() -> None:
+    data = pictures.save(pictures.smooth(40, 56), "JPEG", quality=95)
+    extraneous = data[:-2] + bytes(20) + data[-2:]
+    assert_equal(decode(extraneous), decode(data))
+
+
 def test_limits_are_inclusive_and_bytes_come_first() -> None:
     data = pictures.save(pictures.smooth(20, 30), "PNG")
     decode(data, Limits(20, 600, len(data)))
