@@ -22,7 +22,8 @@ from apache_beam.transforms.environments import (
 
 from pipeline.beam_job import WORKER_MODULE, RunnerOptions
 from pipeline.errors import EvenmixError
-from pipeline.stage import Stage, WorkItem, publish_item, read_work_list
+from pipeline.publishing import publish_item
+from pipeline.stage import Stage, WorkItem, read_work_list
 
 _CARRIED = "evenmix could not go on: "
 

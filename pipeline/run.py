@@ -5,15 +5,8 @@ from collections.abc import Mapping, Sequence
 from pipeline import beam_job
 from pipeline.beam_job import RunnerOptions
 from pipeline.progress import Progress, console, exists_line, print_counts
-from pipeline.stage import (
-    Stage,
-    WorkItem,
-    finish,
-    make_plan,
-    remove_leftovers,
-    sweep_temporaries,
-    write_work_lists,
-)
+from pipeline.publishing import remove_leftovers
+from pipeline.stage import Stage, WorkItem, finish, make_plan, sweep_temporaries, write_work_lists
 from pipeline.summary import Summary, dataset_url, read_summary
 
 

@@ -8,17 +8,10 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.errors import EvenmixError
+from pipeline.publishing import publish_item, remove_leftovers
 from pipeline.receipts import Counts
 from pipeline.records import REJECTED
-from pipeline.stage import (
-    Output,
-    Stage,
-    WorkItem,
-    finish,
-    make_plan,
-    publish_item,
-    remove_leftovers,
-)
+from pipeline.stage import Output, Stage, WorkItem, finish, make_plan
 from pipeline.summary import Summary, read_summary
 from pipeline.tars import TarWriter
 

@@ -14,11 +14,12 @@ from captioning.from_source import SourceCaptioning
 from pipeline import addresses, ingest, storage
 from pipeline.dry_run import print_dry_run
 from pipeline.errors import EvenmixError
+from pipeline.publishing import publish_item
 from pipeline.receipts import Counts, read_receipt
 from pipeline.recipe import Corpus, SourceCaptions
 from pipeline.records import key_of
 from pipeline.retry import retry_items
-from pipeline.stage import WorkItem, publish_item
+from pipeline.stage import WorkItem
 from pipeline.summary import finished_shards, read_generation, read_summary
 from pipeline.verify import verify
 from tests.pictures import save, smooth

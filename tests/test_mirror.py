@@ -428,10 +428,13 @@ def test_a_killed_copy_goes_on_and_fetches_no_part_twice(
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    assert len(server.ranges) == 6
+    before = list(server.ranges)
+    assert len(before) == 6
     server.held_after = sys.maxsize
     assert make(tmp_path / "R", spec) == undisturbed
-    assert sorted(server.ranges) == ranges(size)
+    # A request of the killed command may still have been on its way, and come twice.
+    assert {server.ranges.count(part) for part in before} == {1}
+    assert sorted(set(server.ranges)) == ranges(size)
     assert names(folder) == names(tmp_path / "R1/sources/d")
 
 

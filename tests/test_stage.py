@@ -12,16 +12,10 @@ import pytest
 from pipeline import storage
 from pipeline.beam_job import RunnerOptions
 from pipeline.errors import EvenmixError
+from pipeline.publishing import publish_item
 from pipeline.receipts import Counts, checksum, read_receipt
 from pipeline.run import run_stage
-from pipeline.stage import (
-    WorkItem,
-    finish,
-    make_plan,
-    publish_item,
-    read_work_list,
-    write_work_lists,
-)
+from pipeline.stage import WorkItem, finish, make_plan, read_work_list, write_work_lists
 from pipeline.summary import Summary, finished_shards, read_summary
 from tests.stages import Words, items
 

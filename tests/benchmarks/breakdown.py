@@ -17,7 +17,7 @@ from unittest.mock import patch
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import images, ingest, stage, storage
+from pipeline import images, ingest, publishing, storage
 from pipeline.judge import Judge
 from pipeline.recipe import load_recipe
 from pipeline.tars import TarWriter
@@ -29,7 +29,7 @@ _PARTS: list[tuple[str, Any, str]] = [
     ("the rest", Judge, "of_download"),
     ("write", TarWriter, "add"),
     ("write", TarWriter, "close"),
-    ("write", stage, "checksum"),
+    ("write", publishing, "checksum"),
     ("write", storage, "parquet_bytes"),
     ("write", storage, "publish"),
 ]
@@ -42,14 +42,14 @@ def print_breakdown(recipe: Path, console: Console) -> None:
     The first pays for what a worker pays for once: imports, and memory that is warm afterwards.
     """
     job, (first, second, *_) = ingest.plan(load_recipe(str(recipe)))
-    stage.publish_item(job, first)
+    publishing.publish_item(job, first)
     cpu_s = defaultdict[str, float](float)
     with ExitStack() as clocks:
         for part, owner, name in _PARTS:
             timed = _timed(getattr(owner, name), part, cpu_s)
             clocks.enter_context(patch.object(owner, name, timed))
         started, cpu_before = time.monotonic(), time.process_time()
-        stage.publish_item(job, second)
+        publishing.publish_item(job, second)
         total_s, wall_s = time.process_time() - cpu_before, time.monotonic() - started
     cpu_s["the rest"] += total_s - sum(cpu_s.values())
     begin, end = second.inputs["rows"]
