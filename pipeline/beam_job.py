@@ -25,7 +25,7 @@ from pipeline.stage import Stage
 
 _ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(4 << 20)}
 """glibc's settings in workers. By default each thread has a heap of its own, and all of them keep
-what pictures and shards have left free: with these a worker takes an eighth less memory."""
+what pictures and shards have left free; with these it goes back to the system."""
 
 WORKER_MODULE = "pipeline.beam_worker"
 """What the worker processes of a local job run."""
