@@ -149,10 +149,13 @@ def _write_local(path: Path, data: bytes, replace: bool) -> bool:
         except FileExistsError:
             return False
         except FileNotFoundError:
-            # Swept by a build that had finished all work here: it has our file too.
+            # Swept by a build that had finished all work here: it has our file too, or is about to
+            # publish it.
             if path.exists():
                 return False
-            raise
+            if temporary.exists():
+                raise
+            return _write_local(path, data, replace)
     finally:
         temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)

@@ -235,6 +235,21 @@ def test_a_writer_whose_temporary_file_was_swept_has_lost(
     assert names(str(tmp_path)) == ["file"]
 
 
+def test_a_writer_that_was_swept_before_the_other_published_writes_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = str(tmp_path / "file")
+
+    def sweep(fd: int) -> None:
+        monkeypatch.undo()
+        storage.sweep(str(tmp_path))
+
+    monkeypatch.setattr("os.fsync", sweep)
+    assert storage.publish(url, b"mine")
+    assert storage.read_bytes(url) == b"mine"
+    assert names(str(tmp_path)) == ["file"]
+
+
 FULL_DISK = """
 import resource, signal, sys
 from pipeline import storage
