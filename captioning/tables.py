@@ -22,10 +22,13 @@ CAPTIONS = pa.schema(
                         ("outcome", pa.string()),
                         ("model", pa.string()),
                         ("prompt_kind", pa.string()),
+                        ("prompt", pa.string()),
                         ("prompt_sha256", pa.string()),
                         ("seed", pa.int64()),
                         ("prompt_tokens", pa.int32()),
                         ("completion_tokens", pa.int32()),
+                        ("asked", pa.timestamp("ms", tz="UTC")),
+                        ("answer_s", pa.float32()),
                         ("detail", pa.string()),
                     ]
                 )
@@ -33,7 +36,11 @@ CAPTIONS = pa.schema(
         ),
     ]
 )
-"""The captions of one picture; what concerns only a model is null for engine `source`."""
+"""The captions of one picture, by number; what concerns only a model is null for other engines.
+
+``prompt`` is the exact text that went with the picture, ``prompt_sha256`` its hash; ``asked`` is
+when it was sent and ``answer_s`` how long the answer took. A picture that was not asked for has one
+caption without text."""
 
 
 def caption_output(rows: Sequence[Mapping[str, Any]]) -> Output:

@@ -46,10 +46,8 @@ class Entry:
     ``columns`` are the columns of a row or the keys of a record's JSON, as shell patterns; empty
     where unverified. ``size_px`` is the declared width and height (None: varies).
 
-    ``stages`` are the resolutions (px) at which i1 trains on it; ``prompt_kind`` says what its
-    captioner was given beside the picture: nothing more, the lines of text in it, or its
-    annotation. ``join`` tells whether the dataset's ``join_rule`` is how ``caption_subset`` of
-    the published captions knows a picture.
+    ``stages`` are the resolutions (px) at which i1 trains on it; ``join`` tells whether the
+    dataset's ``join_rule`` is how ``caption_subset`` of the published captions knows a picture.
     """
 
     title: str
@@ -60,11 +58,9 @@ class Entry:
     terms: str
     in_i1: InI1
     stages: tuple[int, ...]
-    caption_subset: str
     join: Literal["exact", "ambiguous", "unknown"]
     join_note: str
     unverified: tuple[str, ...]
-    prompt_kind: Literal["describe", "rendered_text", "annotation"] = "describe"
     num_records: int | None = None
     num_files: int | None = None
     num_bytes: int | None = None
@@ -86,6 +82,7 @@ _FLUXREASON = Entry(
         id_rule="{id}",
         join_rule="{id}",
         text_field="caption_detail",
+        caption_subset="fluxreason",
     ),
     splits=("train",),
     gated=None,
@@ -97,7 +94,6 @@ _FLUXREASON = Entry(
     size_px=(1024, 1024),
     in_i1=InI1(5_890_279, 5_890_279, 5),
     stages=(256, 512, 1024),
-    caption_subset="fluxreason",
     join="exact",
     join_note="i1's key is the column id, such as aesthetics-part01-00000000",
     subsets=(
@@ -124,6 +120,7 @@ _GPTEDIT = Entry(
         id_rule="{id}",
         join_rule="{id}",
         image_field="output",
+        caption_subset="gptedit",
     ),
     splits=("train",),
     gated=None,
@@ -136,7 +133,6 @@ _GPTEDIT = Entry(
     columns=("id", "output"),
     in_i1=InI1(1_553_575, 1_553_575, 5),
     stages=(256, 512, 1024),
-    caption_subset="gptedit",
     join="exact",
     join_note="i1's key is the column id; its picture is the edited one, output",
     unverified=(
@@ -158,6 +154,7 @@ _IMAGENET22K = Entry(
         licence="ImageNet terms",
         id_rule="{key}",
         join_rule="{key}",
+        caption_subset="imagenet22k",
     ),
     splits=("train", "validation"),
     gated=None,
@@ -170,7 +167,6 @@ _IMAGENET22K = Entry(
     num_bytes=1_300_000_000_000,
     in_i1=InI1(13_673_551, 13_673_544, 9),
     stages=(256, 512),
-    caption_subset="imagenet22k",
     join="exact",
     join_note="i1's key is the sample's __key__",
     unverified=(
@@ -202,6 +198,7 @@ _INATURALIST = Entry(
         join_rule="{stem}",
         path_pattern=r"(?:^|/)\d+_(?P<taxon>[^/]+)/[^/]+$",
         text_field="taxon",
+        caption_subset="inaturalist",
     ),
     splits=("train",),
     gated=False,
@@ -215,7 +212,6 @@ _INATURALIST = Entry(
     checksums={"train.tar.gz": "md5:2b1c7d7a023114c34cfccfb663c889a8"},
     in_i1=InI1(4_813_543, 4_813_543, 1),
     stages=(),
-    caption_subset="inaturalist",
     join="exact",
     join_note="i1's key is the file's stem, a uuid",
     unverified=(
@@ -240,6 +236,7 @@ _MEGALITH10M = Entry(
         id_rule="{url}",
         image_url="{url}",
         extra_fields=["url_highres", "url_source"],
+        caption_subset="megalith10m",
     ),
     splits=("megalith",),
     gated=None,
@@ -252,7 +249,6 @@ _MEGALITH10M = Entry(
     columns=("url", "url_highres", "url_source"),
     in_i1=InI1(9_393_971, 9_393_971, 1),
     stages=(256, 512),
-    caption_subset="megalith10m",
     join="unknown",
     join_note=(
         "i1's keys are the nine-digit keys of drawthingsai/megalith-10m; which URL has which is "
@@ -280,6 +276,7 @@ _MIDJOURNEYV6 = Entry(
         id_rule="{id}:{file}:{row}",
         text_field="prompt",
         extra_fields=["id", "llava", "gemini", "qwen3"],
+        caption_subset="midjourneyv6",
     ),
     splits=("train",),
     gated=None,
@@ -289,7 +286,6 @@ _MIDJOURNEYV6 = Entry(
     size_px=(1024, 1024),
     in_i1=InI1(1_240_185, 1_240_185, 5),
     stages=(256, 512, 1024),
-    caption_subset="midjourneyv6",
     join="unknown",
     join_note=(
         "i1's keys are {id}_0 to {id}_3; four rows have one id, their order is not that of the "
@@ -312,6 +308,7 @@ _PEXELS = Entry(
         licence="Pexels licence",
         id_rule="{key}",
         join_rule="{key}",
+        caption_subset="pexels",
     ),
     splits=("train", "val", "test"),
     gated=True,
@@ -324,7 +321,6 @@ _PEXELS = Entry(
     size_px=(640, None),
     in_i1=InI1(2_810_634, 2_810_634, None),
     stages=(256, 512),
-    caption_subset="pexels",
     join="exact",
     join_note="i1's key is the sample's __key__, the Pexels id",
     unverified=(
@@ -358,6 +354,7 @@ _PLACES = Entry(
         # The folders below the one of the first letter: a/abbey/…, s/swimming_pool/indoor/….
         path_pattern=r"(?:^|/)[a-z]/(?P<category>[^/]{2,}(?:/[^/]+)*)/[^/]+$",
         text_field="category",
+        caption_subset="places365-challenge2016",
     ),
     splits=("train",),
     gated=False,
@@ -368,7 +365,6 @@ _PLACES = Entry(
     checksums={"train_large_places365challenge.tar": "md5:605f18e68e510c82b958664ea134545f"},
     in_i1=InI1(8_026_628, 7_221_597, 1),
     stages=(256, 512),
-    caption_subset="places365-challenge2016",
     join="ambiguous",
     join_note=(
         "i1's key has only the last folder: 56 categories share the five names outdoor (25), "
@@ -399,6 +395,7 @@ _REDCAPS = Entry(
         extra_fields=["raw_caption", "subreddit", "permalink"],
         records_field="annotations",
         placeholder_urls=["*i.imgur.com/removed.png"],
+        caption_subset="redcaps",
     ),
     splits=("train",),
     gated=None,
@@ -411,7 +408,6 @@ _REDCAPS = Entry(
     ),
     in_i1=InI1(4_817_431, 4_817_431, 5),
     stages=(256, 512, 1024),
-    caption_subset="redcaps",
     join="exact",
     join_note="i1's key is image_id; it has captions for the 4.8M pictures that it could still get",
     unverified=(
@@ -438,6 +434,9 @@ _RENDERED_TEXT = Entry(
         join_rule="{key}",
         extra_fields=["ocr_annotation"],
         duplicates="exact",
+        caption_subset="rendered_text",
+        prompt="rendered_text",
+        lines_field="ocr_annotation.text",
     ),
     splits=("train",),
     gated=None,
@@ -447,8 +446,6 @@ _RENDERED_TEXT = Entry(
     size_px=(1024, 1024),
     in_i1=InI1(11_977_824, 11_977_816, 5),
     stages=(256, 512),
-    prompt_kind="rendered_text",
-    caption_subset="rendered_text",
     join="exact",
     join_note="i1's key is the sample's __key__",
     unverified=(
@@ -477,6 +474,8 @@ _TEXTATLAS = Entry(
         join_rule="{folder}:{image_path}",
         text_field="annotation",
         duplicates="exact",
+        caption_subset="textatlas",
+        prompt="annotation",
     ),
     splits=("train",),
     gated=None,
@@ -488,8 +487,6 @@ _TEXTATLAS = Entry(
     columns=("image", "image_path", "annotation"),
     in_i1=InI1(5_397_762, 5_396_890, 5),
     stages=(256, 512, 1024),
-    prompt_kind="annotation",
-    caption_subset="textatlas",
     join="exact",
     join_note="i1's key is subset:image_path",
     subsets=(
@@ -539,6 +536,7 @@ _YFCC = Entry(
         table="yfcc100m_dataset",
         min_bytes=2_600,
         placeholder_bytes=[9_218],
+        caption_subset="yfcc",
     ),
     splits=("train",),
     gated=False,
@@ -555,7 +553,6 @@ _YFCC = Entry(
     ),
     in_i1=InI1(98_121_424, 97_945_286, 2),
     stages=(256,),
-    caption_subset="yfcc",
     join="exact",
     join_note="i1's key is photoid",
     unverified=("The size of the pictures (about 500 px on the longer side).",),

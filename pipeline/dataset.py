@@ -15,6 +15,9 @@ from pipeline import templates
 
 Layout = Literal["folder", "parquet", "webdataset", "tar", "url_list", "sqlite"]
 
+PromptKind = Literal["describe", "rendered_text", "annotation", "metadata", "composite"]
+"""What a captioning model is told beside the picture (:mod:`captioning.prompts`)."""
+
 _TABLES = ("parquet", "url_list", "sqlite")
 _FETCHED = ("url_list", "sqlite")
 
@@ -72,6 +75,11 @@ class Dataset(BaseModel):
     ``duplicates`` is ``near`` (copies by descriptor, at cosine ``threshold``) or ``exact`` (equal
     bytes or pixels only): pictures of text and plain graphics look alike to a copy detector and
     want ``exact``.
+
+    ``prompt`` is the kind of prompt that suits the pictures; ``lines_field`` leads to the list of
+    the lines of text in a picture, through the names of ``extra_fields``
+    (``ocr_annotation.text``). ``caption_subset`` is the dataset's folder in i1's published
+    captions.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -98,6 +106,9 @@ class Dataset(BaseModel):
     placeholder_urls: list[str] = []
     duplicates: Literal["near", "exact"] = "near"
     threshold: Annotated[float, Field(gt=0, le=1)] = 0.75
+    prompt: PromptKind = "describe"
+    lines_field: str | None = None
+    caption_subset: str | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Dataset":

@@ -74,11 +74,11 @@ def describe(name: str, entry: Entry) -> Iterator[tuple[str, str]]:
         yield "pixels", " x ".join(str(edge or "any") for edge in entry.size_px)
     yield "source id", dataset.id_rule or "{path}"
     yield "join", f"{entry.join}: {entry.join_note}"
-    yield "", f"captions: {entry.caption_subset}; rule: {dataset.join_rule or 'none'}"
+    yield "", f"captions: {dataset.caption_subset}; rule: {dataset.join_rule or 'none'}"
     captions = f"{in_i1.captioned:,} captioned, {_number(in_i1.captions_each)} captions each"
     yield "in i1", f"{in_i1.pictures:,} pictures, {captions}"
     yield "stages", ", ".join(f"{stage} px" for stage in entry.stages) or "none"
-    yield "prompt", entry.prompt_kind
+    yield "prompt", entry.dataset.prompt
     for label, sentences in (("unverified", entry.unverified), ("notes", entry.notes)):
         for number, sentence in enumerate(sentences):
             yield label if number == 0 else "", f"- {sentence}"

@@ -71,9 +71,10 @@ class Ingest:
         look wrong. A mixture, which can be cut again, has it in its own identity.
         """
         spec = self.datasets[dataset]
-        where_and_how_used = {"source", "mirror", "duplicates", "threshold"}
+        where = {"source", "mirror"}
+        how_used = {"duplicates", "threshold", "prompt", "lines_field", "caption_subset"}
         config: dict[str, Any] = {
-            "dataset": spec.model_dump(exclude=where_and_how_used, exclude_defaults=True),
+            "dataset": spec.model_dump(exclude=where | how_used, exclude_defaults=True),
             "origin": self.origins[dataset],
             "min_short_edge_px": self.limits.min_short_edge_px,
             "max_pixels": self.limits.max_pixels,

@@ -18,10 +18,11 @@ from pydantic import (
 
 from pipeline.catalog import CATALOG
 from pipeline.config_file import load_toml
-from pipeline.dataset import Dataset
+from pipeline.dataset import Dataset, PromptKind
 from pipeline.errors import did_you_mean
 
 DEFAULT_CAPTIONER = "Qwen/Qwen3-VL-30B-A3B-Instruct-FP8"
+PUBLISHED_CAPTIONS = "hf://datasets/zlab-princeton/i1-captions"
 
 
 class _Section(BaseModel):
@@ -118,24 +119,77 @@ class SourceCaptions(_Section):
     templates: dict[str, str] = {}
 
 
+class PublishedCaptions(_Section):
+    """Captions that others have published, joined by the identifiers of the pictures.
+
+    ``source`` has a folder of Parquet files for each dataset, with a column ``key`` and columns
+    ``caption1``, ``caption2`` and so on; ``subsets`` are the names of those folders where they are
+    not the datasets' own ``caption_subset``. ``revision`` is the commit of an hf:// source.
+    """
+
+    engine: Literal["published"]
+    source: str = PUBLISHED_CAPTIONS
+    revision: str | None = None
+    subsets: dict[str, str] = {}
+
+
+class OwnPrompt(_Section):
+    """A prompt of the recipe's own: its ``kind`` and, in place of that kind's text, ``text``."""
+
+    kind: PromptKind
+    text: str
+
+
+Script = Literal["latin", "cyrillic", "greek", "arabic", "hebrew", "devanagari", "thai", "cjk"]
+RedoneOutcome = Literal[
+    "truncated", "empty", "refused", "repeating", "echo", "wrong_script",
+    "picture_failed", "engine_failed", "not_asked",
+]  # fmt: skip
+
+
 class VllmCaptions(_Section):
     """Captions from a vision-language model behind vLLM.
 
+    ``revision`` is the commit of a model on the Hub (absent: the one of the day, recorded);
     ``arguments`` are vLLM's engine arguments, such as ``max_model_len = 4096``; ``accelerator`` is
-    Beam's resource hint, such as ``type:nvidia-l4;count:1;install-nvidia-driver``.
+    Beam's resource hint, such as ``type:nvidia-l4;count:1;install-nvidia-driver``. ``endpoint`` is
+    the URL of an OpenAI-compatible server that runs already (``http://host:8000/v1``), which knows
+    the model by its name.
+
+    ``prompts`` are for datasets that want another kind than their own, or a text of the recipe's.
+    The model is shown each picture with its shorter edge brought down to ``short_edge_px``, never
+    up, and cropped to a square or (``crop = "none"``) whole. Captions are expected in one of
+    ``scripts``, text in quotes apart.
+
+    ``pictures`` are ``all``, or those that the mixture may select: its ``images_per_dataset`` and
+    ``margin`` of them more, for those without a usable caption. ``parent`` is a set whose captions
+    are taken over, all but those with an outcome of ``redo`` and those whose prompt has changed.
     """
 
     engine: Literal["vllm"]
     model: str = DEFAULT_CAPTIONER
-    prompt: Literal["describe"] = "describe"
-    max_tokens: Annotated[int, Field(ge=1)] = 256
-    temperature: Annotated[float, Field(ge=0)] = 1.0
-    captions_per_image: Annotated[int, Field(ge=1)] = 1
+    revision: str | None = None
     arguments: dict[str, Any] = {}
     accelerator: str | None = None
+    endpoint: str | None = None
+    prompts: dict[str, PromptKind | OwnPrompt] = {}
+    max_tokens: Annotated[int, Field(ge=1)] = 256
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    captions_per_image: Annotated[int, Field(ge=1)] = 1
+    short_edge_px: Annotated[int, Field(ge=32)] = 512
+    crop: Literal["square", "none"] = "square"
+    scripts: Annotated[list[Script], Field(min_length=1)] = ["latin"]
+    pictures: Literal["all", "selected"] = "all"
+    margin: Annotated[float, Field(ge=0)] = 0.1
+    parent: Name | None = None
+    redo: list[RedoneOutcome] = []
 
 
-Captions = Annotated[SourceCaptions | VllmCaptions, Field(discriminator="engine")]
+Captions = Annotated[
+    SourceCaptions | PublishedCaptions | VllmCaptions, Field(discriminator="engine")
+]
 
 
 class Mixture(_Section):
@@ -228,6 +282,16 @@ class Recipe(Corpus):
                         mistakes.append(f"captions.{set_name}.templates names {name!r}, no dataset")
                     if "{text}" not in template:
                         mistakes.append(f"captions.{set_name}.templates.{name} has no {{text}}")
+            elif isinstance(captions, PublishedCaptions):
+                for name in captions.subsets:
+                    if name not in self.datasets:
+                        mistakes.append(f"captions.{set_name}.subsets names {name!r}, no dataset")
+            else:
+                for name in captions.prompts:
+                    if name not in self.datasets:
+                        mistakes.append(f"captions.{set_name}.prompts names {name!r}, no dataset")
+                if captions.redo and captions.parent is None:
+                    mistakes.append(f"captions.{set_name}.redo needs a parent")
         if mistakes:
             raise ValueError("; ".join(mistakes))
         return self

@@ -29,7 +29,7 @@ def test_the_names_are_those_of_the_caption_subsets() -> None:
         "textatlas",
         "yfcc",
     ]
-    assert [entry.caption_subset for entry in CATALOG.values()] == list(CATALOG)
+    assert [entry.dataset.caption_subset for entry in CATALOG.values()] == list(CATALOG)
 
 
 @pytest.mark.parametrize(
