@@ -13,7 +13,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from captioning.outcomes import USABLE
+from captioning.outcomes import USABLE, CaptionOutcome
+from pipeline.eligible import (
+    HASH_RANGE,
+    is_held_out,
+    judge_shard,
+    min_short_edge_px,
+    selection_hash,
+)
 from pipeline.errors import EvenmixError
 from pipeline.exclusions import load_exclusions
 from pipeline.reasons import RejectReason
@@ -24,10 +31,6 @@ from pipeline.stage import Output, WorkItem
 from pipeline.summary import finished_shards, read_shard
 
 SHARD = "selected"
-_HASH_RANGE = 1 << 64
-_INDEX_COLUMNS = [
-    "key", "width", "height", "source_url", "final_url", "sha256", "pixels_sha256",
-]  # fmt: skip
 
 SELECTION = pa.schema(
     [
@@ -111,55 +114,25 @@ class Select:
         )
 
     def _judge_shard(self, dataset: str, shard: str) -> list[tuple[Candidate, RejectReason | None]]:
-        index = self._read(IMAGES, dataset, shard, _INDEX_COLUMNS)
-        exclusions = load_exclusions(self.recipe.exclusions)
-        duplicates = self._read(
-            f"duplicates/{self.recipe.dedup.name}", dataset, shard, ["key", "rule"]
-        )
-        captions = self._read(
-            f"captions/{self.recipe.mixture.captions}", dataset, shard, ["key", "captions"]
-        )
-        least_px = min_short_edge_px(self.recipe)
-        judged = []
-        for row, (picture, duplicate, caption) in enumerate(
-            zip(index, duplicates, captions, strict=True)
-        ):
-            if not picture["key"] == duplicate["key"] == caption["key"]:
-                raise EvenmixError(
-                    f"{dataset}/{shard} row {row}: its index, duplicates and captions speak of "
-                    "different pictures; `evenmix verify` tells which file is damaged"
-                )
-            reason = None
-            hashes = (picture["sha256"], picture["pixels_sha256"])
-            urls = (picture["source_url"], picture["final_url"])
-            if exclusions.reason(picture["key"], urls, hashes):
-                reason = RejectReason.EXCLUDED
-            elif duplicate["rule"] is not None:
-                reason = RejectReason(duplicate["rule"])
-            elif min(picture["width"], picture["height"]) < least_px:
-                reason = RejectReason.TOO_SMALL
-            elif not any(c["outcome"] in USABLE for c in caption["captions"]):
-                reason = RejectReason.NO_CAPTION
-            judged.append((Candidate(picture["key"], shard, row), reason))
-        return judged
-
-    def _read(
-        self, folder: str, dataset: str, shard: str, columns: Sequence[str]
-    ) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = read_shard(
-            self.root, folder, dataset, shard, columns
-        ).to_pylist()
-        return rows
+        folder = f"captions/{self.recipe.mixture.captions}"
+        captions = read_shard(self.root, folder, dataset, shard, ["key", "captions"]).to_pylist()
+        judged = judge_shard(self.recipe, dataset, shard)
+        if [key for key, _ in judged] != [row["key"] for row in captions]:
+            raise EvenmixError(
+                f"{dataset}/{shard}: its index and captions speak of different pictures; "
+                "`evenmix verify` tells which file is damaged"
+            )
+        return [
+            (Candidate(key, shard, row), reason or _lack_of_captions(captions[row]["captions"]))
+            for row, (key, reason) in enumerate(judged)
+        ]
 
     def _choose(self, candidates: Sequence[Candidate]) -> list[dict[str, Any]]:
         """Take the smallest hashes, part train from validation, and assign destinations."""
         mixture, seed = self.recipe.mixture, self.recipe.seed
-        held_out_below = int(mixture.validation_fraction * _HASH_RANGE)
-        validation = {
-            c.key for c in candidates if uniform_hash(seed, c.key, "validation") < held_out_below
-        }
+        validation = {c.key for c in candidates if is_held_out(self.recipe, c.key)}
         train = [c for c in candidates if c.key not in validation]
-        train.sort(key=lambda c: (uniform_hash(seed, c.key, "select"), c.key))
+        train.sort(key=lambda c: (selection_hash(self.recipe, c.key), c.key))
         chosen: list[dict[str, Any]] = []
         for split, part in (
             ("train", train[: mixture.images_per_dataset]),
@@ -167,7 +140,7 @@ class Select:
         ):
             num_shards = -(-len(part) // mixture.samples_per_shard)
             for candidate in part:
-                bucket = uniform_hash(seed, candidate.key, "shard") * num_shards // _HASH_RANGE
+                bucket = uniform_hash(seed, candidate.key, "shard") * num_shards // HASH_RANGE
                 chosen.append(
                     {
                         "key": candidate.key,
@@ -187,9 +160,13 @@ class Select:
         return chosen
 
 
-def min_short_edge_px(recipe: Recipe) -> int:
-    """Return the least shorter edge that a mixture takes: its resolution unless the recipe says."""
-    return recipe.mixture.min_short_edge_px or recipe.mixture.resolution
+def _lack_of_captions(captions: Sequence[Mapping[str, Any]]) -> RejectReason | None:
+    outcomes = {caption["outcome"] for caption in captions}
+    if USABLE & outcomes:
+        return None
+    if CaptionOutcome.NOT_ASKED in outcomes:
+        return RejectReason.NOT_ASKED
+    return RejectReason.NO_CAPTION
 
 
 def corpus_digests(recipe: Recipe, dataset: str) -> dict[str, str]:

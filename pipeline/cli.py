@@ -17,6 +17,8 @@ COMMANDS = {
     "embed": ("dedup.embed", "pipeline,dedup", "describe pictures with the copy detector SSCD"),
     "dedup": ("dedup.deduplicate", "pipeline,dedup", "find exact copies and near-duplicates"),
     "caption": ("captioning.caption", "pipeline,vllm", "write a set of captions"),
+    "rewrite": ("captioning.rewrite", "pipeline,vllm", "write long prompts from short ones"),
+    "captions": ("captioning.captions_command", "pipeline", "show and compare sets of captions"),
     "mix": ("mixing.mix", "pipeline", "cut a mixture and write its shards"),
     "train": ("train.train_command", "train", "train on a mixture"),
     "sample": ("train.sample_command", "train", "draw pictures from a trained model"),

@@ -171,6 +171,12 @@ def resize_and_crop_square(
     return np.asarray(square), crop
 
 
+def resize_short_edge(pixels: Pixels, short_edge_px: int, resample: Resample) -> Pixels:
+    """Bring the shorter edge to ``short_edge_px`` and keep the aspect, to the pixel below."""
+    size = _resized_size(pixels, short_edge_px)
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling[resample.upper()]))
+
+
 def encode(pixels: Pixels, image_format: ImageFormat) -> bytes:
     """Encode uint8 RGB (height, width, 3): PNG and WebP without loss, JPEG at quality 95, 4:4:4.
 

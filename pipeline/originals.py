@@ -13,11 +13,16 @@ COLUMNS = ["key", "width", "height", "num_bytes", "sha256", "offset"]
 """The columns of the image index that the functions here need."""
 
 
+class DamagedPictureError(EvenmixError):
+    """The bytes of a picture in the corpus are not those that were ingested."""
+
+
 def read_original(tar_url: str, row: Mapping[str, Any]) -> Pixels:
     """Read and decode the picture of an index row: uint8 RGB of shape (height, width, 3).
 
     Raises:
-        EvenmixError: the tar does not hold what its index says.
+        DamagedPictureError: the tar does not hold what its index says.
+        EvenmixError: the tar cannot be read.
     """
     data = storage.read_bytes(tar_url, row["offset"], row["num_bytes"])
     return decode_original(tar_url, row, data)
@@ -27,7 +32,7 @@ def decode_original(tar_url: str, row: Mapping[str, Any], data: bytes) -> Pixels
     """Decode the bytes of an index row's picture, which were read from ``tar_url``.
 
     Raises:
-        EvenmixError: they are not the bytes that were ingested.
+        DamagedPictureError: they are not the bytes that were ingested.
     """
     # What was ingested was within that run's limits; these admit it and nothing larger.
     limits = Limits(1, max_pixels=row["width"] * row["height"], max_bytes=row["num_bytes"])
@@ -37,7 +42,7 @@ def decode_original(tar_url: str, row: Mapping[str, Any], data: bytes) -> Pixels
         problem = "other bytes than its index says"
     except PictureError as error:
         problem = str(error)
-    raise EvenmixError(
+    raise DamagedPictureError(
         f"{tar_url}, picture {row['key']}: {problem}. The shard is damaged (`evenmix verify` lists "
         "all that are): remove its dataset's folder and run `evenmix ingest` again"
     )

@@ -45,7 +45,8 @@ class RejectReason(StrEnum):
     NEAR_DUPLICATE = "near_duplicate"  # similarity to a kept picture at or above the threshold
 
     # The mixture.
-    NO_CAPTION = "no_caption"  # the caption set has none of outcome ok
+    NOT_ASKED = "not_asked"  # the caption set was made for fewer pictures
+    NO_CAPTION = "no_caption"  # the caption set has none that can be used
     NOT_SAMPLED = "not_sampled"  # beyond the number of pictures that the recipe takes
 
 

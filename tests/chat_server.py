@@ -34,7 +34,7 @@ class ChatServer:
         max_model_len: int | None = None,
     ) -> None:
         self.bodies: list[dict[str, Any]] = []
-        served = [{"id": name, "object": "model"} for name in models]
+        served: list[dict[str, Any]] = [{"id": name, "object": "model"} for name in models]
         if max_model_len is not None:  # as vLLM says it
             served = [model | {"max_model_len": max_model_len} for model in served]
         bodies = self.bodies

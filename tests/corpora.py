@@ -79,7 +79,7 @@ def write_recipe(folder: Path, sources: Path, root: str | None = None) -> Path:
 
 def write_sources(folder: Path) -> None:
     """Write the sources of the small corpus."""
-    _write_shapes(folder / "shapes")
+    write_shapes(folder / "shapes")
     _write_photographs(folder / "photographs")
     _write_lines(folder / "lines")
 
@@ -97,7 +97,8 @@ def _shape(number: int) -> tuple[bytes, str]:
     return _png(image), f"{colour} ellipse on {ground}"
 
 
-def _write_shapes(folder: Path) -> None:
+def write_shapes(folder: Path) -> None:
+    """Write 32 drawn shapes with their texts into two tars; the last is the first one again."""
     folder.mkdir(parents=True)
     for part in range(2):
         with tarfile.open(folder / f"shapes-{part}.tar", "w") as tar:

@@ -1,5 +1,8 @@
 """Which pictures a mixture takes, and with which weights. (Its shards are in test_build.py.)"""
 
+import json
+import math
+import shutil
 from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
@@ -11,10 +14,12 @@ import pytest
 
 from captioning.outcomes import CaptionOutcome
 from captioning.tables import CAPTIONS
+from captioning.wanted import wanted_by
 from mixing.mix import refuse_empty
 from mixing.select import Select
 from mixing.weights import dataset_weights
 from pipeline import storage
+from pipeline.eligible import is_held_out, selection_hash
 from pipeline.errors import EvenmixError
 from pipeline.receipts import Counts
 from pipeline.recipe import Recipe
@@ -162,8 +167,51 @@ def test_tables_that_are_not_aligned_are_never_joined(root: str, tmp_path: Path)
             table = storage.read_parquet(file.url)
             data = storage.parquet_bytes(table.take(list(reversed(range(ROWS)))), {})
         storage.publish(storage.join(shuffled, file.name), data)
-    with pytest.raises(EvenmixError, match="shard-1 row 0"):
+    with pytest.raises(EvenmixError, match="set/shard-1: .* speak of different pictures"):
         select(shuffled)
+
+
+@pytest.mark.parametrize(("number", "margin"), [(50, 0.1), (50, 0.0), (120, 0.5), (1000, 0.1)])
+def test_captions_are_asked_for_what_a_mixture_selects_and_a_margin(
+    root: str, tmp_path: Path, number: int, margin: float
+) -> None:
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+    document = RECIPE | {"root": str(tmp_path)}
+    document["mixture"] = RECIPE["mixture"] | {"images_per_dataset": number}
+    recipe = Recipe.model_validate(document)
+    wanted = wanted_by(recipe, margin, "new")
+    asked = set.union(*(wanted.keys("set", f"shard-{shard}") for shard in range(SHARDS)))
+    eligible = {key_of("set", str(n)) for n in range(SHARDS * ROWS) if n % 10 and n % 15}
+    assert asked <= eligible
+    held_out = {key for key in eligible if is_held_out(recipe, key)}
+    assert held_out <= asked
+    least = sorted((selection_hash(recipe, key), key) for key in eligible - held_out)
+    assert asked - held_out == {key for _, key in least[: math.ceil(number * (1 + margin))]}
+
+
+def test_the_pictures_asked_for_stay_the_same_when_more_come_in(root: str, tmp_path: Path) -> None:
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+    document = RECIPE | {"root": str(tmp_path)}
+    document["mixture"] = RECIPE["mixture"] | {"images_per_dataset": 50}
+    recipe = Recipe.model_validate(document)
+    before = wanted_by(recipe, 0.1, "new")
+    summary = tmp_path / "images" / "set" / "stage.json"
+    document = json.loads(summary.read_text())
+    del document["items"]["shard-2"]
+    summary.write_text(json.dumps(document))
+    assert wanted_by(recipe, 0.1, "new").bounds == before.bounds
+    assert wanted_by(recipe, 0.1, "another").bounds != before.bounds
+
+
+def test_a_picture_that_was_not_asked_for_is_counted_as_that(root: str, tmp_path: Path) -> None:
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "captions" / "source" / "set" / "shard-0.parquet"
+    rows = storage.read_parquet(str(path)).to_pylist()
+    for row in rows[1:4]:
+        row["captions"] = [{"outcome": CaptionOutcome.NOT_ASKED}]
+    table = pa.Table.from_pylist(rows, schema=CAPTIONS)
+    path.write_bytes(storage.parquet_bytes(table, {}))
+    assert select(str(tmp_path)).counts.rejected["not_asked"] == 3
 
 
 def test_an_empty_dataset_is_refused_with_its_reasons(root: str) -> None:

@@ -1,0 +1,84 @@
+"""Regrouping in files: rows sorted by destination in one file, read back a destination at a time.
+
+What must be regrouped and is too large for a Beam shuffle goes through files in two passes. In
+pass A each of many items publishes its rows as one *exchange table*. In pass B each destination
+reads its slice of all of these. Memory is bounded by the rows of one item and those of one
+destination. A files and B destinations take A times B reads, so where destinations are many they
+are put together in groups, and a further exchange parts each group.
+
+An exchange table is Parquet with one row and a column for each destination that has any, whose cell
+is that destination's rows as an Arrow stream. So the footer is the offset table (about 150 bytes a
+destination), a slice is one range of the file, and an exchange file is the table of a work item
+like any other: its appearance is the commit, and it has a receipt and a digest. Row groups instead
+of columns would do the same, but every table is published with those of a fixed size. A slice has
+less than 2 GiB.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.ipc
+
+from pipeline import storage
+from pipeline.errors import EvenmixError
+
+Ints = npt.NDArray[np.int64]
+
+_CONCURRENT_READS = 16
+
+
+def exchange_table(rows: pa.Table, destinations: Ints) -> pa.Table:
+    """Return rows in the form in which they are exchanged.
+
+    ``destinations`` has that of each row: shape (rows,), numbers from 0. The rows of a destination
+    stay in order.
+    """
+    rows = rows.combine_chunks()
+    order = np.argsort(destinations, kind="stable")
+    found, starts = np.unique(destinations[order], return_index=True)
+    # Parquet compresses: a digest of what it holds shall not depend on a compressor's version.
+    return pa.table(
+        {
+            str(destination): pa.array([_stream(rows.take(places))], pa.binary())
+            for destination, places in zip(found, np.split(order, starts[1:]), strict=False)
+        }
+    )
+
+
+def _stream(rows: pa.Table) -> memoryview:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, rows.schema) as stream:
+        stream.write_table(rows)
+    return memoryview(sink.getvalue())
+
+
+def read_slices(urls: Sequence[str], destination: int) -> Iterator[pa.Table]:
+    """Yield the rows that each file has for a destination, in the order of the files.
+
+    A few files are read at once. Those without rows for the destination are left out.
+
+    Raises:
+        EvenmixError: a file is missing or damaged.
+    """
+    with ThreadPoolExecutor(_CONCURRENT_READS) as pool:
+        for start in range(0, len(urls), _CONCURRENT_READS):
+            some = urls[start : start + _CONCURRENT_READS]
+            found = pool.map(lambda url: _read_slice(url, str(destination)), some)
+            yield from (rows for rows in found if rows is not None)
+
+
+def _read_slice(url: str, column: str) -> pa.Table | None:
+    with storage.open_parquet(url) as file:
+        if column not in file.schema_arrow.names:
+            return None
+        try:
+            cell = file.read(columns=[column], use_threads=False)[column][0]
+            return pa.ipc.open_stream(cell.as_buffer()).read_all()
+        except (pa.ArrowException, OSError) as error:
+            raise EvenmixError(
+                f"{url} is damaged ({error}); remove the folder of this exchange and start the "
+                "same command again, which writes it anew"
+            ) from error
