@@ -42,17 +42,20 @@ def exchange_table(rows: pa.Table, destinations: Ints) -> pa.Table:
     # Parquet compresses: a digest of what it holds shall not depend on a compressor's version.
     return pa.table(
         {
-            str(destination): pa.array([_stream(rows.take(places))], pa.binary())
+            str(destination): _cell(rows.take(places))
             for destination, places in zip(found, np.split(order, starts[1:]), strict=False)
         }
     )
 
 
-def _stream(rows: pa.Table) -> memoryview:
+def _cell(rows: pa.Table) -> pa.Array:
+    """Return a column with one binary cell, the rows as an Arrow stream."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, rows.schema) as stream:
         stream.write_table(rows)
-    return memoryview(sink.getvalue())
+    data = sink.getvalue()
+    offsets = pa.py_buffer(np.array([0, data.size], np.int32))
+    return pa.BinaryArray.from_buffers(pa.binary(), 1, [None, offsets, data])
 
 
 def read_slices(urls: Sequence[str], destination: int) -> Iterator[pa.Table]:

@@ -132,6 +132,12 @@ class PublishedCaptions(_Section):
     revision: str | None = None
     subsets: dict[str, str] = {}
 
+    @model_validator(mode="after")
+    def _revision_is_of_the_hub(self) -> "PublishedCaptions":
+        if self.revision is not None and not self.source.startswith("hf://"):
+            raise ValueError("revision is one of a source on the Hub (hf://…), which this is not")
+        return self
+
 
 class OwnPrompt(_Section):
     """A prompt of the recipe's own: its ``kind`` and, in place of that kind's text, ``text``."""
@@ -290,6 +296,8 @@ class Recipe(Corpus):
                 for name in captions.prompts:
                     if name not in self.datasets:
                         mistakes.append(f"captions.{set_name}.prompts names {name!r}, no dataset")
+                if captions.parent == set_name:
+                    mistakes.append(f"captions.{set_name} cannot be its own parent")
                 if captions.redo and captions.parent is None:
                     mistakes.append(f"captions.{set_name}.redo needs a parent")
         if mistakes:
