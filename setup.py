@@ -63,6 +63,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=["pipeline", "pipeline.readers", "captioning", "dedup", "mixing", "train"],
+    package_data={"captioning": ["meta_prompt.txt"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["evenmix = pipeline.cli:main"]},
