@@ -1,6 +1,7 @@
 """`evenmix sample`: draw pictures for prompts with a trained model."""
 
 import argparse
+import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,7 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="output of a run")
     prompts = parser.add_mutually_exclusive_group(required=True)
-    prompts.add_argument("--prompts", metavar="FILE", help="text file with one prompt a line")
+    prompts.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="one prompt a line, or what `evenmix rewrite` wrote (.jsonl)",
+    )
     prompts.add_argument("--prompt", nargs="+", metavar="TEXT", help="one or more prompts")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the pictures")
     parser.add_argument(
@@ -38,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Sample, and write each picture and a grid of all as PNG."""
-    prompts = args.prompt or _read_prompts(Path(args.prompts))
+    prompts = args.prompt or read_prompts(Path(args.prompts))
     settings = SamplingConfig(args.guidance, args.rescale, args.steps, args.shift, args.seed)
     step, config, params = load_averaged(args.checkpoint)
     codec = config.latent_codec()
@@ -64,15 +69,32 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _read_prompts(path: Path) -> list[str]:
+def read_prompts(path: Path) -> list[str]:
+    """Return the prompts of a text file, one a line, or the rewritten ones of a JSON-lines file.
+
+    Raises:
+        EvenmixError: the file cannot be read, is empty, or has lines of another kind.
+    """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise EvenmixError(f"cannot read prompts from {path}: {error}") from error
-    prompts = [line.strip() for line in lines if line.strip()]
+    lines = [line.strip() for line in lines if line.strip()]
+    prompts = [_rewritten(path, line) for line in lines] if path.suffix == ".jsonl" else lines
     if not prompts:
         raise EvenmixError(f"{path} has no prompts; write one a line")
     return prompts
+
+
+def _rewritten(path: Path, line: str) -> str:
+    """Return the prompt of a line of `evenmix rewrite`."""
+    try:
+        return str(json.loads(line)["rewritten"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise EvenmixError(
+            f'{path}: {line[:80]!r} is no JSON object with "rewritten", as `evenmix rewrite` '
+            "writes it; give a text file with one prompt a line"
+        ) from error
 
 
 def _save(path: Path, picture: np.ndarray, text: dict[str, object]) -> None:
