@@ -25,7 +25,6 @@ EXTRAS = {
     "pipeline": [
         "aiohttp>=3.13",
         "apache-beam>=2.76",
-        "httpx>=0.27",
         "huggingface_hub>=2.4",
         "psutil>=6.0",
         "simplejpeg>=1.8",

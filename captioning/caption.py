@@ -1,32 +1,36 @@
 """`evenmix caption`: a set of captions for every picture, row-aligned with the image index.
 
-Engine `source` takes the dataset's own text, engine `vllm` asks a vision-language model. Either
-way each caption has its outcome, and a picture without a usable one is still a row.
+Engine `source` takes the dataset's own text, engine `published` what others have published, engine
+`vllm` asks a vision-language model. Either way each caption has its outcome, and a picture without
+a usable one is still a row.
 """
 
 import argparse
+from typing import Any
 
+from captioning import model_set, published
 from captioning.from_source import SourceCaptioning
 from pipeline.beam_job import RunnerOptions
 from pipeline.command_options import add_stage_arguments, recipe_of, runner_of
 from pipeline.errors import EvenmixError
-from pipeline.recipe import Recipe, SourceCaptions, VllmCaptions
+from pipeline.recipe import PublishedCaptions, Recipe, SourceCaptions, VllmCaptions, load_recipe
 from pipeline.records import IMAGES
 from pipeline.run import run_stage
-from pipeline.stage import Stage, WorkItem
+from pipeline.stage import WorkItem
 from pipeline.summary import finished_shards
 
 
 def check(recipe: Recipe) -> None:
-    """Check that the model of the mixture's caption set is there.
+    """Check that the mixture's caption set can be made: its model, or its published captions.
 
     Raises:
-        EvenmixError: it is not.
+        EvenmixError: it cannot.
     """
-    captions = recipe.mixture.captions
-    settings = recipe.captions[captions]
+    settings = recipe.captions[recipe.mixture.captions]
     if isinstance(settings, VllmCaptions):
-        _model_stage(recipe, captions, settings)
+        model_set.check(recipe, recipe.mixture.captions, settings)
+    elif isinstance(settings, PublishedCaptions):
+        published.check(recipe, recipe.mixture.captions, settings)
 
 
 def run_recipe(recipe: Recipe, runner: RunnerOptions) -> None:
@@ -38,29 +42,27 @@ def run_set(recipe: Recipe, captions: str, runner: RunnerOptions) -> None:
     """Write one caption set.
 
     Raises:
-        EvenmixError: the model cannot be found, or images are not ingested yet.
+        EvenmixError: the model or the published captions cannot be found, or a stage before has not
+            finished.
     """
     settings = recipe.captions[captions]
-    stage: Stage
-    if isinstance(settings, SourceCaptions):
-        stage = SourceCaptioning(recipe.root, captions, settings)
+    if isinstance(settings, VllmCaptions):
+        model_set.write(recipe, captions, settings, runner, mixture_of=recipe)
+    elif isinstance(settings, PublishedCaptions):
+        published.write(recipe, captions, settings, runner)
     else:
-        stage = _model_stage(recipe, captions, settings)
+        _write_from_source(recipe, captions, settings, runner)
+
+
+def _write_from_source(
+    recipe: Recipe, captions: str, settings: SourceCaptions, runner: RunnerOptions
+) -> None:
     items = [
         WorkItem(dataset, shard, inputs={"images": digest})
         for dataset in sorted(recipe.datasets)
         for shard, digest in finished_shards(recipe.root, IMAGES, dataset, "ingest").items()
     ]
-    run_stage(stage, items, runner)
-
-
-def _model_stage(recipe: Recipe, captions: str, settings: VllmCaptions) -> Stage:
-    # Only here, since its packages come with the extra `vllm`.
-    from captioning.from_model import VllmCaptioning  # noqa: PLC0415
-    from captioning.server import resolve_model  # noqa: PLC0415
-
-    resolve_model(settings.model)
-    return VllmCaptioning(recipe.root, captions, settings, recipe.seed)
+    run_stage(SourceCaptioning(recipe.root, captions, settings), items, runner)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,21 +71,94 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--captions", metavar="NAME", help="this set of the recipe (default: the mixture's)"
     )
-    parser.add_argument("--model", help="a model's name or path, instead of the set's own")
+    model = parser.add_argument_group(
+        "a model's set", "These change the recipe's table of the set, or stand for one."
+    )
+    model.add_argument("--model", help="a model's name on the Hub, or a folder")
+    model.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible server that runs")
+    model.add_argument("--captions-per-image", type=int, metavar="N")
+    model.add_argument(
+        "--for",
+        dest="for_recipe",
+        metavar="RECIPE",
+        help="ask only for the pictures that this recipe's mixture may select",
+    )
+    model.add_argument("--margin", type=float, help="so many more of them (default 0.1)")
+    model.add_argument("--parent", metavar="NAME", help="take over the captions of this set")
+    model.add_argument(
+        "--redo", metavar="OUTCOMES", help="but those of the parent's, such as truncated,empty"
+    )
+    model.add_argument(
+        "--bare-engine",
+        type=int,
+        metavar="N",
+        help="then ask the engine alone for N of the captions, and print the efficiency",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Run `evenmix caption`."""
-    if args.model and not args.captions:
-        raise EvenmixError("--model goes with --captions NAME, the set that it is for")
+    recipe, captions = _recipe_and_set(args)
+    settings = recipe.captions[captions]
+    if not isinstance(settings, VllmCaptions):
+        run_set(recipe, captions, runner_of(args))
+        return 0
+    mixture_of = recipe
+    if args.for_recipe is not None:
+        mixture_of = load_recipe(args.for_recipe, {"root": args.root})
+        if mixture_of.root != recipe.root:
+            raise EvenmixError(
+                f"{args.for_recipe} is about the corpus {mixture_of.root}, {args.recipe} about "
+                f"{recipe.root}; --root ROOT says which"
+            )
+    runner = runner_of(args)
+    model_set.write(
+        recipe,
+        captions,
+        settings,
+        runner,
+        mixture_of=mixture_of,
+        bare_engine_captions=args.bare_engine,
+    )
+    return 0
+
+
+def _recipe_and_set(args: argparse.Namespace) -> tuple[Recipe, str]:
+    """Load the recipe, with what the command line says of the set, and return the set's name."""
     recipe = recipe_of(args)
     captions = args.captions or recipe.mixture.captions
-    if captions not in recipe.captions:
+    changes: dict[str, Any] = {
+        "model": args.model,
+        "endpoint": args.endpoint,
+        "captions_per_image": args.captions_per_image,
+        "pictures": None if args.for_recipe is None else "selected",
+        "margin": args.margin,
+        "parent": args.parent,
+        "redo": None if args.redo is None else args.redo.split(","),
+    }
+    changes = {key: value for key, value in changes.items() if value is not None}
+    if changes and not args.captions:
         raise EvenmixError(
-            f"{args.recipe} has no caption set {captions!r}, only {', '.join(recipe.captions)}; "
-            f"add a table [captions.{captions}]"
+            f"--{next(iter(changes)).replace('_', '-')} goes with --captions NAME, the set that it "
+            "is for"
         )
-    # Only now: the override of a set that is not there would create it.
-    recipe = recipe_of(args, {f"captions.{captions}.model": args.model})
-    run_set(recipe, captions, runner_of(args))
-    return 0
+    tables = {name: table.model_dump(exclude_unset=True) for name, table in recipe.captions.items()}
+    if captions in tables:
+        pass
+    elif args.parent in tables:
+        tables[captions] = tables[args.parent]
+    elif args.model or args.endpoint:
+        tables[captions] = {"engine": "vllm"}
+    else:
+        raise EvenmixError(
+            f"{args.recipe} has no caption set {captions!r}, only {', '.join(tables)}; add a table "
+            f"[captions.{captions}], or name a --model"
+        )
+    if changes and tables[captions]["engine"] != "vllm":
+        raise EvenmixError(
+            f"the caption set {captions} of {args.recipe} is not made with a model; remove "
+            f"--{next(iter(changes)).replace('_', '-')}, or give it another name"
+        )
+    tables[captions] |= changes
+    # As a whole, since a set's name may have a dot in it.
+    return recipe_of(args, {"captions": tables}), captions

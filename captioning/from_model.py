@@ -1,36 +1,57 @@
-"""Engine `vllm`: captions from a vision-language model, shown each picture as i1 shows it."""
+"""Engine `vllm`: captions from a vision-language model, which is shown each picture as i1 shows it.
 
-import json
+A shard's pictures are prepared as the engine has room for them, and its answers are kept in slices
+as they come (:mod:`captioning.slices`), in any order. No picture waits for another.
+"""
+
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from itertools import islice
 from typing import Any
 
-from captioning import prompts
+import numpy as np
+
+from captioning import ask, checks
+from captioning.ask import NOT_ASKED, Ask
+from captioning.engine import Answer, Engine, EngineConfig, Request, Sampling
+from captioning.models import ModelIdentity
+from captioning.outcomes import CaptionOutcome
+from captioning.prompts import PromptRule, rule_for
+from captioning.slices import SLICE_CAPTIONS, Captions, keep_slice, read_slices
 from captioning.tables import caption_output
-from captioning.vllm_engine import Caption, CaptionRequest, EngineConfig, Sampling, VllmEngine
+from captioning.wanted import Wanted
 from pipeline import images, originals, storage
-from pipeline.originals import read_original
+from pipeline.dataset import Dataset
+from pipeline.errors import EvenmixError
+from pipeline.images import Pixels
+from pipeline.originals import DamagedPictureError, read_original
+from pipeline.receipts import fingerprint
 from pipeline.recipe import VllmCaptions
-from pipeline.records import IMAGES, uniform_hash
-from pipeline.stage import Output, WorkItem
+from pipeline.records import IMAGES
+from pipeline.stage import Output, WorkItem, item_identity
 from pipeline.summary import dataset_url, read_shard
 
-CAPTIONER_SHORT_EDGE_PX = 512
-"""The captioner sees the shorter edge brought down to this, never up, and cropped square (i1)."""
+_INDEX_COLUMNS = [*originals.COLUMNS, "text", "fields"]
 
 
 @dataclass(frozen=True)
 class VllmCaptioning:
-    """The stage that makes a caption set with a model behind vLLM."""
+    """The stage that makes a caption set with a model behind vLLM.
+
+    ``wanted`` are the pictures that are asked for (None: all).
+    """
 
     root: str
     captions: str
     settings: VllmCaptions
+    model: ModelIdentity
+    datasets: Mapping[str, Dataset]
     seed: int
+    wanted: Wanted | None = None
     name: str = "caption"
-    version: int = 1
-    items_at_once: int = 1
+    version: int = 2
+    items_at_once: int = 2
 
     @property
     def folder(self) -> str:
@@ -43,73 +64,241 @@ class VllmCaptioning:
         accelerator = self.settings.accelerator
         return {"accelerator": accelerator} if accelerator else {}
 
-    def config(self, dataset: str) -> Mapping[str, Any]:
-        """Return what decides the captions: model, prompt, sampling, and how pictures are shown."""
+    @property
+    def engine_config(self) -> EngineConfig:
+        """What the engine is told: the model, its arguments, and how tokens are drawn."""
         settings = self.settings
-        return {
+        return EngineConfig(
+            model=self.model.name,
+            revision=self.model.hub_commit,
+            arguments=settings.arguments,
+            sampling=Sampling(
+                settings.max_tokens, settings.temperature, settings.top_p, settings.top_k
+            ),
+            endpoint=settings.endpoint,
+        )
+
+    def config(self, dataset: str) -> Mapping[str, Any]:
+        """Return what decides the captions of a dataset."""
+        settings = self.settings
+        config: dict[str, Any] = {
             "engine": "vllm",
-            "model": settings.model,
+            "model": self.model.name,
+            "revision": self.model.revision,
             "arguments": dict(settings.arguments),
-            "prompt_sha256": prompts.BY_KIND[settings.prompt].sha256,
+            "prompt": self._rule(dataset).identity,
             "max_tokens": settings.max_tokens,
             "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "top_k": settings.top_k,
             "captions_per_image": settings.captions_per_image,
-            "short_edge_px": CAPTIONER_SHORT_EDGE_PX,
+            "short_edge_px": settings.short_edge_px,
+            "crop": settings.crop,
+            "scripts": sorted(settings.scripts),
             "seed": self.seed,
         }
+        if settings.parent is not None:
+            config |= {"parent": settings.parent, "redo": sorted(settings.redo)}
+        if self.wanted is not None:
+            config["wanted"] = self.wanted.config()
+        return config
+
+    def _rule(self, dataset: str) -> PromptRule:
+        return rule_of(self.captions, self.settings, dataset, self.datasets[dataset])
 
     def process(self, item: WorkItem) -> Output:
         """Caption the pictures of one image shard."""
-        table = read_shard(self.root, IMAGES, item.dataset, item.shard, originals.COLUMNS)
-        index = table.to_pylist()
-        settings = self.settings
-        engine = _engine(
-            settings.model,
-            json.dumps(settings.arguments, sort_keys=True),
-            Sampling(settings.max_tokens, settings.temperature),
-        )
-        found: dict[str, list[dict[str, Any]]] = {picture["key"]: [] for picture in index}
-        for caption in engine.caption(self._requests(item, index)):
-            found[caption.key].append(self._row(caption))
-        return caption_output(
-            [{"key": key, "captions": captions} for key, captions in found.items()]
-        )
+        folder = dataset_url(self.root, self.folder, item.dataset)
+        identity = fingerprint(item_identity(self, item))
+        index = read_shard(self.root, IMAGES, item.dataset, item.shard, _INDEX_COLUMNS).to_pylist()
+        captions, asks = self._divide(item, index)
+        captions |= read_slices(folder, item.shard, identity)
+        remaining = {
+            (key, each.number): each
+            for key, each_picture in asks.items()
+            for each in each_picture
+            if (key, each.number) not in captions
+        }
+        fresh: Captions = {}
+        if remaining:
+            for place, caption in self._answers(item, index, remaining):
+                captions[place] = fresh[place] = caption
+                if len(fresh) == SLICE_CAPTIONS:
+                    keep_slice(folder, item.shard, identity, fresh)
+                    fresh.clear()
+        by_key: dict[str, list[Mapping[str, Any]]] = {row["key"]: [] for row in index}
+        for (key, _), caption in sorted(captions.items(), key=lambda entry: entry[0]):
+            by_key[key].append(caption)
+        return caption_output([{"key": key, "captions": found} for key, found in by_key.items()])
+
+    def _divide(
+        self, item: WorkItem, index: Sequence[Mapping[str, Any]]
+    ) -> tuple[Captions, dict[str, list[Ask]]]:
+        """Return the captions that are settled without the model, and what is asked for, by key."""
+        wanted = None if self.wanted is None else self.wanted.keys(item.dataset, item.shard)
+        parent = self._parent(item, index)
+        rule = self._rule(item.dataset)
+        settled: Captions = {}
+        asked: dict[str, list[Ask]] = {}
+        for row, picture in enumerate(index):
+            key = picture["key"]
+            if wanted is not None and key not in wanted:
+                found: Sequence[Mapping[str, Any]] = parent[row] if parent else [NOT_ASKED]
+                settled |= {(key, number): dict(each) for number, each in enumerate(found)}
+                continue
+            asked[key] = ask.captions_of(picture, rule, self.settings.captions_per_image, self.seed)
+            if parent:
+                taken, asked[key] = ask.after_parent(
+                    asked[key], key, parent[row], self.settings.redo
+                )
+                settled |= {(key, number): dict(each) for number, each in taken.items()}
+        return settled, asked
+
+    def _parent(
+        self, item: WorkItem, index: Sequence[Mapping[str, Any]]
+    ) -> list[list[dict[str, Any]]]:
+        """Return the captions of the parent set by row; empty if there is none."""
+        if self.settings.parent is None:
+            return []
+        folder = f"captions/{self.settings.parent}"
+        rows = read_shard(self.root, folder, item.dataset, item.shard).to_pylist()
+        if [row["key"] for row in rows] != [picture["key"] for picture in index]:
+            raise EvenmixError(
+                f"{item.dataset}/{item.shard}: its index and {folder} speak of different pictures; "
+                "`evenmix verify` tells which file is damaged"
+            )
+        return [row["captions"] for row in rows]
+
+    def _answers(
+        self,
+        item: WorkItem,
+        index: Sequence[Mapping[str, Any]],
+        asks: Mapping[tuple[str, int], Ask],
+    ) -> Iterator[tuple[tuple[str, int], dict[str, Any]]]:
+        """Ask the model; yield captions by key and number as they come."""
+        damaged: Captions = {}
+        places = {_request_id(place): place for place in asks}
+        engine = _engine(self.engine_config, self.settings.short_edge_px, self._longest_prompt())
+        for answer in engine.answers(self._requests(item, index, asks, damaged)):
+            place = places[answer.id]
+            yield place, self._row(asks[place], answer)
+        yield from damaged.items()
 
     def _requests(
-        self, item: WorkItem, index: Sequence[Mapping[str, Any]]
-    ) -> Iterator[CaptionRequest]:
-        """Prepare the pictures of a shard, one ahead of another, as the engine takes them."""
+        self,
+        item: WorkItem,
+        index: Sequence[Mapping[str, Any]],
+        asks: Mapping[tuple[str, int], Ask],
+        damaged: Captions,
+    ) -> Iterator[Request]:
+        """Prepare pictures, one ahead of another; those that cannot be read go to ``damaged``."""
         url = storage.join(dataset_url(self.root, IMAGES, item.dataset), f"{item.shard}.tar")
-        prompt = prompts.BY_KIND[self.settings.prompt].text
         for picture in index:
-            pixels = read_original(url, picture)
-            short_edge_px = min(CAPTIONER_SHORT_EDGE_PX, *pixels.shape[:2])
-            square, _ = images.resize_and_crop_square(pixels, short_edge_px, "bicubic")
-            for number in range(self.settings.captions_per_image):
-                seed = uniform_hash(self.seed, picture["key"], f"caption-{number}") >> 33
-                yield CaptionRequest(picture["key"], square, prompt, seed)
+            key = picture["key"]
+            places = [(key, n) for n in range(self.settings.captions_per_image) if (key, n) in asks]
+            if not places:
+                continue
+            try:
+                pixels = self._prepare(read_original(url, picture))
+            except DamagedPictureError as error:
+                for place in places:
+                    damaged[place] = self._row(asks[place], None, str(error))
+                continue
+            for place in places:
+                each = asks[place]
+                yield Request(_request_id(place), each.prompt.text, each.seed, pixels)
 
-    def _row(self, caption: Caption) -> dict[str, Any]:
-        prompt = prompts.BY_KIND[self.settings.prompt]
-        return {
-            "text": caption.text or None,
-            "outcome": caption.outcome,
-            "model": self.settings.model,
-            "prompt_kind": prompt.kind,
-            "prompt_sha256": prompt.sha256,
-            "seed": caption.seed,
-            "prompt_tokens": caption.prompt_tokens,
-            "completion_tokens": caption.completion_tokens,
-            "detail": caption.detail or None,
+    def _longest_prompt(self) -> str:
+        """Return a prompt as long as those of any dataset may be."""
+        return max((self._rule(name).longest for name in self.datasets), key=len)
+
+    def _prepare(self, pixels: Pixels) -> Pixels:
+        """Bring the shorter edge down to ``short_edge_px``, never up; crop if that is wanted."""
+        short_edge_px = min(self.settings.short_edge_px, *pixels.shape[:2])
+        if self.settings.crop == "none":
+            return images.resize_short_edge(pixels, short_edge_px, "bicubic")
+        return images.resize_and_crop_square(pixels, short_edge_px, "bicubic")[0]
+
+    def _row(self, each: Ask, answer: Answer | None, damage: str = "") -> dict[str, Any]:
+        """Return a caption as its table has it; without an answer the picture was ``damage``-d."""
+        row = {
+            "outcome": CaptionOutcome.PICTURE_FAILED,
+            "model": self.model.name,
+            "prompt_kind": each.prompt.kind,
+            "prompt": each.prompt.text,
+            "prompt_sha256": each.prompt.sha256,
+            "seed": each.seed,
+            "detail": damage or None,
         }
+        if answer is not None:
+            row |= {
+                "text": answer.text or None,
+                "outcome": checks.judge(
+                    answer.ending, answer.text, each.prompt.text, self.settings.scripts
+                ),
+                "prompt_tokens": answer.prompt_tokens,
+                "completion_tokens": answer.completion_tokens,
+                "asked": answer.asked,
+                "answer_s": answer.answer_s,
+                "detail": answer.detail or None,
+            }
+        return row
+
+    def sample_requests(self, items: Sequence[WorkItem], count: int) -> list[Request]:
+        """Return what the model is asked about the first ``count`` captions of some shards."""
+
+        def requests() -> Iterator[Request]:
+            for item in items:
+                index = read_shard(
+                    self.root, IMAGES, item.dataset, item.shard, _INDEX_COLUMNS
+                ).to_pylist()
+                _, asks = self._divide(item, index)
+                places = {(key, each.number): each for key in asks for each in asks[key]}
+                yield from self._requests(item, index, places, {})
+
+        return list(islice(requests(), count))
 
 
-@lru_cache(maxsize=1)
-def _engine(model: str, arguments: str, sampling: Sampling) -> VllmEngine:
-    """Return this process's connection to the machine's server, which lasts as long as it.
+def _request_id(place: tuple[str, int]) -> str:
+    key, number = place
+    return f"{key}/{number}"
 
-    ``arguments`` are JSON, so that they can be a key.
+
+def rule_of(captions: str, settings: VllmCaptions, name: str, dataset: Dataset) -> PromptRule:
+    """Return how a caption set makes its prompts for the pictures of a dataset.
+
+    Raises:
+        EvenmixError: the prompt asks for what the dataset does not have.
     """
-    engine = VllmEngine(EngineConfig(model, json.loads(arguments), sampling))
-    engine.start()
-    return engine
+    try:
+        return rule_for(dataset, settings.prompts.get(name))
+    except EvenmixError as error:
+        raise EvenmixError(f"captions.{captions}, dataset {name}: {error}") from error
+
+
+_STARTING = threading.Lock()
+_ENGINES: dict[str, Engine] = {}
+"""The engine of this process, by its configuration; one at most."""
+
+
+def _engine(config: EngineConfig, short_edge_px: int, longest_prompt: str) -> Engine:
+    """Return this process's engine, which lasts as long as it and serves all its threads.
+
+    Raises:
+        EvenmixError: it does not start, or a picture and its caption do not fit into its context.
+    """
+    name = repr((config, short_edge_px, longest_prompt))
+    with _STARTING:
+        if name not in _ENGINES:
+            while _ENGINES:
+                _ENGINES.popitem()[1].close()
+            engine = Engine(config)
+            try:
+                engine.start()
+                square = np.zeros((short_edge_px, short_edge_px, 3), np.uint8)
+                engine.check_fits(Request("largest", longest_prompt, 0, square))
+            except BaseException:
+                engine.close()
+                raise
+            _ENGINES[name] = engine
+        return _ENGINES[name]

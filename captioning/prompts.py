@@ -134,6 +134,12 @@ class PromptRule:
     lines_field: str | None = None
 
     @property
+    def longest(self) -> str:
+        """A prompt as long as those of English pictures can be: is there room for it?"""
+        filler = "word " * (MAX_DATA_CHARS // len("word "))
+        return max((_PLACEHOLDER.sub(filler, text) for text in self.templates), key=len)
+
+    @property
     def identity(self) -> str:
         """The hex digest of all that decides the prompts, apart from the pictures' data."""
         parts = [self.kind, self.templates, self.text_name, self.lines_field]

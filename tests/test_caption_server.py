@@ -99,31 +99,18 @@ def test_the_command_line_holds_the_arguments() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["port", "trust-remote-code", "served_model_name"])
+@pytest.mark.parametrize("name", ["port", "revision", "trust-remote-code", "served_model_name"])
 def test_reserved_and_unsafe_arguments_are_errors(name: str) -> None:
     with pytest.raises(EvenmixError, match=name.replace("-", "_")):
         server.server_command("org/model", {name: True}, Path("/run/socket"))
 
 
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        ("/no/such/folder", "the model /no/such/folder does not exist"),
-        ("no-such-folder", "the model no-such-folder does not exist"),
-        ("evenmix-tests/no-such-model", "evenmix-tests/no-such-model is neither in the"),
-    ],
-)
-def test_a_missing_model_is_an_error_before_any_work(
-    model: str, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(EvenmixError, match=message):
-        server.resolve_model(model)
-
-
-def test_a_folder_without_a_checkpoint_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(EvenmixError, match=r"has no config\.json"):
-        server.resolve_model(str(tmp_path))
+def test_a_revision_is_asked_for_and_tells_servers_apart(short_tmp: Path) -> None:
+    commit = "ab" * 20
+    command = server.server_command("org/model", {}, Path("/run/socket"), commit)
+    assert command[3:7] == ["--model", "org/model", "--revision", commit]
+    folders = {server.meeting_folder("org/model", {}, each) for each in (None, commit, "cd" * 20)}
+    assert len(folders) == 3
 
 
 def test_a_folder_that_others_can_enter_is_refused(short_tmp: Path, checkpoint: Path) -> None:

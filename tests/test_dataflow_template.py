@@ -6,6 +6,7 @@ import apache_beam as beam
 import pytest
 
 from captioning.from_model import VllmCaptioning
+from captioning.models import ModelIdentity
 from pipeline import beam_pipeline
 from pipeline.dataset import Dataset
 from pipeline.images import Limits
@@ -85,7 +86,8 @@ def test_ingest_is_a_small_job_without_accelerators_or_secrets(
 def test_captioning_asks_for_an_accelerator_where_it_captions(gcs_bucket: str) -> None:
     accelerator = "type:nvidia-l4;count:1;install-nvidia-driver"
     settings = VllmCaptions(engine="vllm", accelerator=accelerator)
-    stage = VllmCaptioning(f"{gcs_bucket}/R", "own", settings, seed=0)
+    model = ModelIdentity(settings.model, "0" * 40)
+    stage = VllmCaptioning(f"{gcs_bucket}/R", "own", settings, model, {}, seed=0)
     staged = stage_job(stage, gcs_bucket)
 
     assert staged.resource_hints() == {

@@ -167,7 +167,7 @@ def test_tables_that_are_not_aligned_are_never_joined(root: str, tmp_path: Path)
             table = storage.read_parquet(file.url)
             data = storage.parquet_bytes(table.take(list(reversed(range(ROWS)))), {})
         storage.publish(storage.join(shuffled, file.name), data)
-    with pytest.raises(EvenmixError, match="set/shard-1: .* speak of different pictures"):
+    with pytest.raises(EvenmixError, match=r"set/shard-1: .* speak of different pictures"):
         select(shuffled)
 
 
