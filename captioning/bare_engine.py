@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from captioning import keeper
-from captioning.models import locate
-from captioning.questions import EngineConfig, Request
-from captioning.server import (
+from captioning.engine import keeper
+from captioning.engine.models import locate
+from captioning.engine.questions import EngineConfig, Request
+from captioning.engine.server import (
     LOG_LINES_SHOWN,
     SERVER_ENVIRONMENT,
     meeting_folder,

@@ -8,8 +8,9 @@ a usable one is still a row.
 import argparse
 from typing import Any
 
-from captioning import model_set, published
+from captioning import model_set
 from captioning.from_source import SourceCaptioning
+from captioning.published import job as published
 from pipeline.beam_job import RunnerOptions
 from pipeline.command_options import add_stage_arguments, recipe_of, runner_of
 from pipeline.errors import EvenmixError

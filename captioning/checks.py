@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Sequence
 from functools import lru_cache
 
-from captioning.engine import Ending
+from captioning.engine.questions import Ending
 from captioning.outcomes import CaptionOutcome
 from pipeline.recipe import Script
 

@@ -14,8 +14,9 @@ import numpy as np
 
 from captioning import ask, checks
 from captioning.ask import NOT_ASKED, Ask
-from captioning.engine import Answer, Engine, EngineConfig, Request, Sampling
-from captioning.models import ModelIdentity
+from captioning.engine.client import Engine
+from captioning.engine.models import ModelIdentity
+from captioning.engine.questions import Answer, EngineConfig, Request, Sampling
 from captioning.outcomes import CaptionOutcome
 from captioning.prompts import PromptRule, rule_for
 from captioning.slices import SLICE_CAPTIONS, Captions, keep_slice, read_slices

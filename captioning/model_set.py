@@ -4,10 +4,10 @@ import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
 
-from captioning import models
 from captioning.efficiency import print_efficiency
+from captioning.engine import models
+from captioning.engine.models import ModelIdentity
 from captioning.from_model import VllmCaptioning, rule_of
-from captioning.models import ModelIdentity
 from captioning.wanted import wanted_by
 from pipeline import storage
 from pipeline.beam_job import RunnerOptions

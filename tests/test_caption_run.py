@@ -14,7 +14,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from captioning import keeper, server
+from captioning.engine import keeper, server
 from captioning.slices import SLICE_CAPTIONS
 from tests import corpora
 from tests.real_vllm import ARGUMENTS, make_model, vllm_environment

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from captioning import keeper, server
-from captioning.keeper import Phase
+from captioning.engine import keeper, server
+from captioning.engine.keeper import Phase
 from pipeline.errors import EvenmixError
 
 # A stand-in for the command only: it listens on the socket, and has a child that would outlive it.

@@ -14,10 +14,10 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from captioning import set_statistics
-from captioning.caption_sets import find_sets
 from captioning.from_source import SourceCaptioning
-from captioning.set_statistics import Vocabulary, count_words, mean, percentiles
+from captioning.sets import statistics as set_statistics
+from captioning.sets.committed import find_sets
+from captioning.sets.statistics import Vocabulary, count_words, mean, percentiles
 from captioning.tables import caption_output
 from pipeline import ingest, storage
 from pipeline.cli import main

@@ -2,7 +2,7 @@
 
 import pytest
 
-from captioning.chat import (
+from captioning.engine.chat import (
     CutOff,
     NotTakenError,
     Trouble,
@@ -10,7 +10,7 @@ from captioning.chat import (
     check_status,
     read_completion,
 )
-from captioning.questions import Ending
+from captioning.engine.questions import Ending
 from pipeline.errors import EvenmixError
 
 WORDS = b'{"error": {"message": "too  much\\nto do", "type": "x"}}'

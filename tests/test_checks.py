@@ -4,7 +4,7 @@
 import pytest
 
 from captioning.checks import is_echo, is_in_other_script, is_refusal, is_repeating, judge
-from captioning.engine import Ending
+from captioning.engine.questions import Ending
 from captioning.outcomes import CaptionOutcome
 from captioning.prompts import DESCRIBE
 from pipeline.recipe import Script

@@ -5,8 +5,8 @@ import json
 import apache_beam as beam
 import pytest
 
+from captioning.engine.models import ModelIdentity
 from captioning.from_model import VllmCaptioning
-from captioning.models import ModelIdentity
 from pipeline import beam_pipeline
 from pipeline.dataset import Dataset
 from pipeline.images import Limits

@@ -21,8 +21,9 @@ import pytest
 from PIL import Image
 from skimage import data
 
-from captioning import connection, conversation, keeper, server
-from captioning.engine import Answer, Ending, Engine, EngineConfig, Request, Sampling
+from captioning.engine import connection, conversation, keeper, server
+from captioning.engine.client import Engine
+from captioning.engine.questions import Answer, Ending, EngineConfig, Request, Sampling
 from pipeline.errors import EvenmixError
 from tests.chat_server import ChatServer, Reply, prompt_of
 
@@ -356,7 +357,8 @@ def test_closing_wakes_whoever_waits() -> None:
 
 _ASKING = """
 import sys
-from captioning.engine import Engine, EngineConfig, Request
+from captioning.engine.client import Engine
+from captioning.engine.questions import EngineConfig, Request
 engine = Engine(EngineConfig("tiny", endpoint=sys.argv[1]))
 engine.start()
 def requests():

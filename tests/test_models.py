@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from captioning.models import ModelIdentity, locate, resolve
+from captioning.engine.models import ModelIdentity, locate, resolve
 from pipeline import storage
 from pipeline.errors import EvenmixError
 from tests.hub import Hub, Page, point_at, serve_hub

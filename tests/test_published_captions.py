@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from captioning import published
+from captioning.published import job as published
 from pipeline import storage
 from pipeline.beam_job import RunnerOptions
 from pipeline.errors import EvenmixError

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from captioning import conversation
-from captioning.questions import Answer, Ending
-from captioning.quotations import quoted_texts
-from captioning.rewrite import META_PROMPT
-from captioning.rewriting import RewriteOutcome, Rewriting, judge
+from captioning.engine import conversation
+from captioning.engine.questions import Answer, Ending
+from captioning.rewriting.answers import RewriteOutcome, Rewriting, judge
+from captioning.rewriting.command import META_PROMPT
+from captioning.rewriting.quotations import quoted_texts
 from pipeline.cli import main
 from tests.chat_server import ChatServer, Reply, prompt_of
 

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from skimage import data
 
-from captioning import keeper, server
-from captioning.engine import Answer, Ending, Engine, EngineConfig, Request, Sampling
+from captioning.engine import keeper, server
+from captioning.engine.client import Engine
+from captioning.engine.questions import Answer, Ending, EngineConfig, Request, Sampling
 from captioning.prompts import DESCRIBE
 from pipeline.errors import EvenmixError
 from pipeline.images import Pixels

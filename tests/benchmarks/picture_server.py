@@ -22,9 +22,8 @@ HOSTS = [f"127.0.0.{number}" for number in range(1, 17)]
 
 DISTINCT_PICTURES = 300
 _PHOTOGRAPHS = ["astronaut", "chelsea", "coffee", "rocket"]
-_WIDTH_PX, _HEIGHT_PX = 512, 384
 _JPEG_QUALITY = 85
-_NOISE = 6.0  # standard deviation in grey levels; with it the files are 40 to 60 KB
+_NOISE = 6.0  # standard deviation in grey levels; with it those of 512 x 384 are 40 to 60 KB
 _BACKLOG = 2048
 
 
@@ -40,23 +39,25 @@ def failure(number: int) -> HTTPStatus | None:
     return HTTPStatus.INTERNAL_SERVER_ERROR if number % 1000 == 537 else HTTPStatus.NOT_FOUND
 
 
-def draw_pictures() -> Iterator[bytes]:
-    """Draw the distinct pictures: crops of photographs with a camera's noise, as JPEGs."""
+def draw_pictures(
+    count: int = DISTINCT_PICTURES, width_px: int = 512, height_px: int = 384
+) -> Iterator[bytes]:
+    """Draw distinct pictures: crops of photographs with a camera's noise, as JPEGs."""
     random = np.random.default_rng(0)
     photographs = [Image.fromarray(getattr(skimage.data, name)()) for name in _PHOTOGRAPHS]
-    for number in range(DISTINCT_PICTURES):
+    for number in range(count):
         photograph = photographs[number % len(photographs)]
         scale = random.uniform(0.5, 1.0)
-        width = scale * min(photograph.width, photograph.height * _WIDTH_PX / _HEIGHT_PX)
-        height = width * _HEIGHT_PX / _WIDTH_PX
+        width = scale * min(photograph.width, photograph.height * width_px / height_px)
+        height = width * height_px / width_px
         left = random.uniform(0, photograph.width - width)
         top = random.uniform(0, photograph.height - height)
         crop = photograph.resize(
-            (_WIDTH_PX, _HEIGHT_PX),
+            (width_px, height_px),
             Image.Resampling.BICUBIC,
             box=(left, top, left + width, top + height),
         )
-        noisy = np.asarray(crop) + random.normal(0, _NOISE, (_HEIGHT_PX, _WIDTH_PX, 1))
+        noisy = np.asarray(crop) + random.normal(0, _NOISE, (height_px, width_px, 1))
         buffer = io.BytesIO()
         picture = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
         picture.save(buffer, "JPEG", quality=_JPEG_QUALITY)

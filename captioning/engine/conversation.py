@@ -24,7 +24,7 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from captioning.chat import (
+from captioning.engine.chat import (
     Completion,
     CutOff,
     NotTakenError,
@@ -36,9 +36,9 @@ from captioning.chat import (
     data_url,
     request_body,
 )
-from captioning.connection import Connection, Place, connect
-from captioning.questions import Answer, Ending, EngineConfig, Request, Sampling
-from captioning.server import POLL_INTERVAL_S, ServerLease
+from captioning.engine.connection import Connection, Place, connect
+from captioning.engine.questions import Answer, Ending, EngineConfig, Request, Sampling
+from captioning.engine.server import POLL_INTERVAL_S, ServerLease
 from pipeline.errors import EvenmixError
 
 T = TypeVar("T")

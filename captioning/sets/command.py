@@ -12,11 +12,11 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from captioning.caption_sets import CaptionSet, find_sets, made_with
-from captioning.comparison import Compared, compare, facts, printable, said
-from captioning.comparison_page import comparison_page
 from captioning.outcomes import USABLE
-from captioning.set_statistics import SetStatistics, mean, percentiles, read_statistics
+from captioning.sets.committed import CaptionSet, find_sets, made_with
+from captioning.sets.comparison import Compared, compare, facts, printable, said
+from captioning.sets.page import comparison_page
+from captioning.sets.statistics import SetStatistics, mean, percentiles, read_statistics
 from pipeline import progress, storage
 from pipeline.errors import EvenmixError, did_you_mean
 

@@ -19,8 +19,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from captioning.caption_sets import CaptionSet
 from captioning.outcomes import USABLE
+from captioning.sets.committed import CaptionSet
 from pipeline.summary import read_shard
 
 _SHARDS_AT_ONCE = 1024

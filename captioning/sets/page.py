@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from captioning.comparison import Compared, facts, printable, read_picture, said
 from captioning.outcomes import USABLE
+from captioning.sets.comparison import Compared, facts, printable, read_picture, said
 from pipeline import images
 from pipeline.images import Pixels
 

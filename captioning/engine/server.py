@@ -26,8 +26,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from captioning import keeper
-from captioning.models import locate
+from captioning.engine import keeper
+from captioning.engine.models import locate
 from pipeline.errors import EvenmixError
 
 SERVED_MODEL_NAME = "captioner"

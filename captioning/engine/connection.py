@@ -9,7 +9,7 @@ from pathlib import Path
 
 import aiohttp
 
-from captioning.chat import (
+from captioning.engine.chat import (
     Completion,
     CutOff,
     TimedOut,

@@ -17,13 +17,11 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from captioning.connection import Place
-from captioning.conversation import Conversation, open_conversation
-from captioning.questions import Answer, Ending, EngineConfig, Request, Sampling
-from captioning.server import SERVED_MODEL_NAME, ServerLease
+from captioning.engine.connection import Place
+from captioning.engine.conversation import Conversation, open_conversation
+from captioning.engine.questions import Answer, Ending, EngineConfig, Request
+from captioning.engine.server import SERVED_MODEL_NAME, ServerLease
 from pipeline.errors import EvenmixError
-
-__all__ = ["Answer", "Ending", "Engine", "EngineConfig", "Request", "Sampling"]
 
 T = TypeVar("T")
 

@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import to_json
 
-from captioning.questions import Ending, Request, Sampling
+from captioning.engine.questions import Ending, Request, Sampling
 from pipeline.errors import EvenmixError
 from pipeline.images import Pixels
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from captioning.checks import is_echo, is_empty, is_refusal, is_repeating
-from captioning.questions import Answer, Ending
-from captioning.quotations import quoted_texts
+from captioning.engine.questions import Answer, Ending
+from captioning.rewriting.quotations import quoted_texts
 
 MIN_CHARS = 100
 """No rewriting is shorter: that is a sentence, where i1's captions are a paragraph."""

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-from captioning.caption_sets import CaptionSet
 from captioning.outcomes import CaptionOutcome
+from captioning.sets.committed import CaptionSet
 from pipeline import originals, storage
 from pipeline.errors import EvenmixError, did_you_mean
 from pipeline.images import Pixels

@@ -1,6 +1,6 @@
 """Engine `published`: captions that others have published, joined by the pictures' identifiers.
 
-How they are joined is told in :mod:`captioning.published_join`. What that leaves below R/exchange
+How they are joined is told in :mod:`captioning.published.join`. What that leaves below R/exchange
 may be removed as soon as the caption set is finished; a retry of ingest makes it anew.
 """
 
@@ -13,8 +13,8 @@ from rich import box
 from rich.table import Table
 
 from captioning.outcomes import CaptionOutcome
-from captioning.published_files import Subset, find_subset
-from captioning.published_join import (
+from captioning.published.files import Subset, find_subset
+from captioning.published.join import (
     GATHERED,
     JOINED,
     PART_BYTES,

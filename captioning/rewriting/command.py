@@ -17,11 +17,11 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from captioning.engine import Engine
-from captioning.journal import Journal
-from captioning.models import resolve
-from captioning.questions import Answer, EngineConfig, Request, Sampling
-from captioning.rewriting import RewriteOutcome, judge
+from captioning.engine.client import Engine
+from captioning.engine.models import resolve
+from captioning.engine.questions import Answer, EngineConfig, Request, Sampling
+from captioning.rewriting.answers import RewriteOutcome, judge
+from captioning.rewriting.journal import Journal
 from pipeline import storage
 from pipeline.errors import EvenmixError
 from pipeline.progress import console

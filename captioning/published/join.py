@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from captioning.published_files import read_rows
+from captioning.published.files import read_rows
 from pipeline import storage
 from pipeline.exchange import exchange_table, read_slices
 from pipeline.readers.items import require_unchanged
@@ -79,7 +79,7 @@ class NotJoined(StrEnum):
 class Source:
     """Where a dataset's published captions come from, and in how many parts they are joined.
 
-    ``origin`` and ``revision`` are those of :class:`captioning.published_files.Subset`;
+    ``origin`` and ``revision`` are those of :class:`captioning.published.files.Subset`;
     ``files`` is the hash of the identities of all its files.
     """
 

@@ -1,0 +1,1 @@
+"""The model: what it is asked and answers, its server, and the conversation with it."""

@@ -1,0 +1,1 @@
+"""Captions that others have published, joined with the pictures of a corpus."""

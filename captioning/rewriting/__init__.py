@@ -1,0 +1,1 @@
+"""Short prompts made long, as the captions that models are trained on."""

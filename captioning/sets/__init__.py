@@ -1,0 +1,1 @@
+"""The caption sets of a corpus side by side."""
