@@ -14,7 +14,14 @@ from captioning.published import job as published
 from pipeline.beam_job import RunnerOptions
 from pipeline.command_options import add_stage_arguments, recipe_of, runner_of
 from pipeline.errors import EvenmixError
-from pipeline.recipe import PublishedCaptions, Recipe, SourceCaptions, VllmCaptions, load_recipe
+from pipeline.recipe import (
+    Captions,
+    PublishedCaptions,
+    Recipe,
+    SourceCaptions,
+    VllmCaptions,
+    load_recipe,
+)
 from pipeline.records import IMAGES
 from pipeline.run import run_stage
 from pipeline.stage import WorkItem
@@ -101,6 +108,8 @@ def run(args: argparse.Namespace) -> int:
     """Run `evenmix caption`."""
     recipe, captions = _recipe_and_set(args)
     settings = recipe.captions[captions]
+    if args.bare_engine is not None:
+        _check_bare_engine(args.bare_engine, captions, settings)
     if not isinstance(settings, VllmCaptions):
         run_set(recipe, captions, runner_of(args))
         return 0
@@ -112,6 +121,10 @@ def run(args: argparse.Namespace) -> int:
                 f"{args.for_recipe} is about the corpus {mixture_of.root}, {args.recipe} about "
                 f"{recipe.root}; --root ROOT says which"
             )
+        if unknown := sorted(set(mixture_of.mixture_datasets()) - recipe.datasets.keys()):
+            raise EvenmixError(
+                f"{args.for_recipe} has datasets that {args.recipe} lacks: {', '.join(unknown)}"
+            )
     runner = runner_of(args)
     model_set.write(
         recipe,
@@ -122,6 +135,16 @@ def run(args: argparse.Namespace) -> int:
         bare_engine_captions=args.bare_engine,
     )
     return 0
+
+
+def _check_bare_engine(num_captions: int, captions: str, settings: Captions) -> None:
+    if num_captions < 1:
+        raise EvenmixError(f"--bare-engine {num_captions}: at least one caption is needed")
+    if not isinstance(settings, VllmCaptions) or settings.endpoint is not None:
+        raise EvenmixError(
+            f"--bare-engine is for a model behind a server of our own, which {captions} does not "
+            "have; leave it out"
+        )
 
 
 def _recipe_and_set(args: argparse.Namespace) -> tuple[Recipe, str]:
@@ -148,6 +171,8 @@ def _recipe_and_set(args: argparse.Namespace) -> tuple[Recipe, str]:
         pass
     elif args.parent in tables:
         tables[captions] = tables[args.parent]
+    elif args.parent and (noted := model_set.noted_settings(recipe.root, args.parent)):
+        tables[captions] = {k: v for k, v in noted.items() if k not in ("pictures", "margin")}
     elif args.model or args.endpoint:
         tables[captions] = {"engine": "vllm"}
     else:
@@ -160,6 +185,6 @@ def _recipe_and_set(args: argparse.Namespace) -> tuple[Recipe, str]:
             f"the caption set {captions} of {args.recipe} is not made with a model; remove "
             f"--{next(iter(changes)).replace('_', '-')}, or give it another name"
         )
-    tables[captions] |= changes
+    tables[captions] = tables[captions] | changes  # the parent's own table stays as it is
     # As a whole, since a set's name may have a dot in it.
     return recipe_of(args, {"captions": tables}), captions

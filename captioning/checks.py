@@ -27,6 +27,8 @@ def judge(ending: Ending, text: str, prompt: str, scripts: Sequence[Script]) -> 
         return CaptionOutcome.ENGINE_FAILED
     if is_empty(text):
         return CaptionOutcome.EMPTY
+    if has_thinking(text):
+        return CaptionOutcome.THINKING
     if is_echo(text, prompt):
         return CaptionOutcome.ECHO
     if is_refusal(text):
@@ -55,6 +57,11 @@ _LABEL_CHARS = 15
 
 _HEAD_CHARS = 4 * ECHO_CHARS
 """What is looked at for all of these, with the blanks and marks between them."""
+
+
+def has_thinking(text: str) -> bool:
+    """Tell whether a model's thinking is in its answer, between tags or cut off in its midst."""
+    return "</think>" in text or text.lstrip().startswith("<think>")
 
 
 def is_echo(text: str, prompt: str) -> bool:

@@ -37,16 +37,8 @@ class Rate:
         return self.output_tokens / max((self.ended - self.began).total_seconds(), 1e-3)
 
 
-def print_efficiency(
-    stage: VllmCaptioning,
-    items: Sequence[WorkItem],
-    since: datetime,
-    bare_engine_captions: int | None,
-) -> None:
-    """Print the rate of a run's shards, and its share of the bare engine's if that is known.
-
-    ``bare_engine_captions`` is how many captions the bare engine is measured with (None: not).
-    """
+def print_efficiency(stage: VllmCaptioning, items: Sequence[WorkItem], since: datetime) -> None:
+    """Print the rate of a run's shards, and its share of the bare engine's if that is known."""
     rate = run_rate(stage, items, since)
     if rate is None:
         return
@@ -55,26 +47,36 @@ def print_efficiency(
         f"{(rate.ended - rate.began).total_seconds():,.1f} s: {rate.tokens_per_s:,.0f} tokens/s",
         soft_wrap=True,
     )
-    url = storage.join(stage.root, NOTES, stage.folder, "bare-engine.json")
-    if bare_engine_captions is not None:
-        requests = stage.sample_requests(items, bare_engine_captions)
-        bare = measure(stage.engine_config, requests)
-        storage.replace(url, json.dumps(asdict(bare)).encode())
-    elif storage.exists(url):
+    url = _bare_rate_url(stage)
+    if storage.exists(url):
         bare = BareRate(**json.loads(storage.read_bytes(url)))
-    else:
-        if stage.settings.endpoint is None:
-            console.print(
-                "its efficiency is not known; `--bare-engine 512` measures the engine alone, once",
-                soft_wrap=True,
-            )
-        return
-    bare_per_s = bare.output_tokens / bare.seconds
+        share = rate.tokens_per_s * bare.seconds / bare.output_tokens
+        console.print(f"efficiency: {share:.2f} of the bare engine's", soft_wrap=True)
+    elif stage.settings.endpoint is None:
+        console.print(
+            "efficiency: not known; with --bare-engine 512 the engine alone is measured once, and "
+            "each run of this set compared with it",
+            soft_wrap=True,
+        )
+
+
+def measure_bare_engine(stage: VllmCaptioning, items: Sequence[WorkItem], captions: int) -> None:
+    """Measure the bare engine with the first captions of a set, print and note its rate.
+
+    Raises:
+        EvenmixError: the engine cannot be started here.
+    """
+    bare = measure(stage.engine_config, stage.sample_requests(items, captions))
+    storage.replace(_bare_rate_url(stage), json.dumps(asdict(bare)).encode())
     console.print(
-        f"efficiency: {rate.tokens_per_s / bare_per_s:.2f} of the bare engine's {bare_per_s:,.0f} "
-        f"tokens/s (vLLM's LLM.chat, {bare.captions:,} captions in one batch)",
+        f"the bare engine: {bare.output_tokens / bare.seconds:,.0f} tokens/s (vLLM's LLM.chat, "
+        f"{bare.captions:,} captions in one batch)",
         soft_wrap=True,
     )
+
+
+def _bare_rate_url(stage: VllmCaptioning) -> str:
+    return storage.join(stage.root, NOTES, stage.folder, "bare-engine.json")
 
 
 def run_rate(stage: VllmCaptioning, items: Sequence[WorkItem], since: datetime) -> Rate | None:

@@ -4,6 +4,7 @@ A shard's pictures are prepared as the engine has room for them, and its answers
 as they come (:mod:`captioning.slices`), in any order. No picture waits for another.
 """
 
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,26 @@ from pipeline.records import IMAGES
 from pipeline.stage import Output, WorkItem, item_identity
 from pipeline.summary import dataset_url, read_shard
 
+MAX_ASPECT = 4
+"""A picture that is shown whole has a longer edge of at most so many times ``short_edge_px``."""
+
+MAX_FAILURES_IN_A_ROW = 32
+"""So many pictures of a shard in a row do not fail by themselves."""
+
+ARGUMENTS_OF_SPEED = frozenset(
+    {
+        "cpu_offload_gb", "data_parallel_size", "distributed_executor_backend",
+        "enable_chunked_prefill", "enable_expert_parallel", "enable_prefix_caching",
+        "enforce_eager", "gpu_memory_utilization", "kv_cache_memory_bytes", "limit_mm_per_prompt",
+        "max_model_len", "max_num_batched_tokens", "max_num_seqs", "mm_processor_cache_gb",
+        "pipeline_parallel_size", "skip_mm_profiling", "swap_space", "tensor_parallel_size",
+    }
+)  # fmt: skip
+"""vLLM's arguments that decide how fast answers come, or whether at all, but not what they say.
+
+They may differ between the runs of a caption set, which the others may not."""
+
+_FAILURES = (CaptionOutcome.ENGINE_FAILED, CaptionOutcome.PICTURE_FAILED)
 _INDEX_COLUMNS = [*originals.COLUMNS, "text", "fields"]
 
 
@@ -40,7 +61,8 @@ _INDEX_COLUMNS = [*originals.COLUMNS, "text", "fields"]
 class VllmCaptioning:
     """The stage that makes a caption set with a model behind vLLM.
 
-    ``wanted`` are the pictures that are asked for (None: all).
+    ``wanted`` are the pictures that are asked for (None: all); ``processes`` are the workers of a
+    machine (None: one a core).
     """
 
     root: str
@@ -50,6 +72,7 @@ class VllmCaptioning:
     datasets: Mapping[str, Dataset]
     seed: int
     wanted: Wanted | None = None
+    processes: int | None = None
     name: str = "caption"
     version: int = 2
     items_at_once: int = 2
@@ -70,13 +93,16 @@ class VllmCaptioning:
         """What the engine is told: the model, its arguments, and how tokens are drawn."""
         settings = self.settings
         return EngineConfig(
-            model=self.model.name,
+            model=self.model.location,
             revision=self.model.hub_commit,
             arguments=settings.arguments,
             sampling=Sampling(
                 settings.max_tokens, settings.temperature, settings.top_p, settings.top_k
             ),
+            chat_template=settings.chat_template,
             endpoint=settings.endpoint,
+            max_in_flight=-(-settings.in_flight // (self.processes or os.cpu_count() or 1)),
+            request_timeout_s=settings.timeout_s,
         )
 
     def config(self, dataset: str) -> Mapping[str, Any]:
@@ -86,7 +112,11 @@ class VllmCaptioning:
             "engine": "vllm",
             "model": self.model.name,
             "revision": self.model.revision,
-            "arguments": dict(settings.arguments),
+            "arguments": {
+                name: value
+                for name, value in settings.arguments.items()
+                if name not in ARGUMENTS_OF_SPEED
+            },
             "prompt": self._rule(dataset).identity,
             "max_tokens": settings.max_tokens,
             "temperature": settings.temperature,
@@ -98,10 +128,12 @@ class VllmCaptioning:
             "scripts": sorted(settings.scripts),
             "seed": self.seed,
         }
+        if settings.chat_template:
+            config["chat_template"] = dict(settings.chat_template)
         if settings.parent is not None:
             config |= {"parent": settings.parent, "redo": sorted(settings.redo)}
         if self.wanted is not None:
-            config["wanted"] = self.wanted.config()
+            config["wanted"] = self.wanted.config(dataset)
         return config
 
     def _rule(self, dataset: str) -> PromptRule:
@@ -121,12 +153,21 @@ class VllmCaptioning:
             if (key, each.number) not in captions
         }
         fresh: Captions = {}
-        if remaining:
-            for place, caption in self._answers(item, index, remaining):
-                captions[place] = fresh[place] = caption
-                if len(fresh) == SLICE_CAPTIONS:
-                    keep_slice(folder, item.shard, identity, fresh)
-                    fresh.clear()
+        failures = 0
+        for place, caption in self._answers(item, index, remaining):
+            captions[place] = caption
+            failures = failures + 1 if caption["outcome"] in _FAILURES else 0
+            if failures == MAX_FAILURES_IN_A_ROW:
+                raise EvenmixError(
+                    f"{item.dataset}/{item.shard}: {failures} captions in a row have failed, the "
+                    f"last with: {caption['detail']}. That is not the pictures'. Nothing that was "
+                    "published is lost; correct the engine and start the same command again."
+                )
+            if caption["outcome"] != CaptionOutcome.ENGINE_FAILED:
+                fresh[place] = caption
+            if len(fresh) == SLICE_CAPTIONS:
+                keep_slice(folder, item.shard, identity, fresh)
+                fresh.clear()
         by_key: dict[str, list[Mapping[str, Any]]] = {row["key"]: [] for row in index}
         for (key, _), caption in sorted(captions.items(), key=lambda entry: entry[0]):
             by_key[key].append(caption)
@@ -139,6 +180,7 @@ class VllmCaptioning:
         wanted = None if self.wanted is None else self.wanted.keys(item.dataset, item.shard)
         parent = self._parent(item, index)
         rule = self._rule(item.dataset)
+        redo = {*self.settings.redo, *([] if wanted is None else [CaptionOutcome.NOT_ASKED])}
         settled: Captions = {}
         asked: dict[str, list[Ask]] = {}
         for row, picture in enumerate(index):
@@ -149,17 +191,15 @@ class VllmCaptioning:
                 continue
             asked[key] = ask.captions_of(picture, rule, self.settings.captions_per_image, self.seed)
             if parent:
-                taken, asked[key] = ask.after_parent(
-                    asked[key], key, parent[row], self.settings.redo
-                )
+                taken, asked[key] = ask.after_parent(asked[key], key, parent[row], redo)
                 settled |= {(key, number): dict(each) for number, each in taken.items()}
         return settled, asked
 
     def _parent(
         self, item: WorkItem, index: Sequence[Mapping[str, Any]]
     ) -> list[list[dict[str, Any]]]:
-        """Return the captions of the parent set by row; empty if there is none."""
-        if self.settings.parent is None:
+        """Return the captions of the parent set by row; empty if it does not have the shard."""
+        if "parent" not in item.inputs:
             return []
         folder = f"captions/{self.settings.parent}"
         rows = read_shard(self.root, folder, item.dataset, item.shard).to_pylist()
@@ -177,6 +217,8 @@ class VllmCaptioning:
         asks: Mapping[tuple[str, int], Ask],
     ) -> Iterator[tuple[tuple[str, int], dict[str, Any]]]:
         """Ask the model; yield captions by key and number as they come."""
+        if not asks:
+            return
         damaged: Captions = {}
         places = {_request_id(place): place for place in asks}
         engine = _engine(self.engine_config, self.settings.short_edge_px, self._longest_prompt())
@@ -215,8 +257,11 @@ class VllmCaptioning:
 
     def _prepare(self, pixels: Pixels) -> Pixels:
         """Bring the shorter edge down to ``short_edge_px``, never up; crop if that is wanted."""
-        short_edge_px = min(self.settings.short_edge_px, *pixels.shape[:2])
+        shorter, longer = sorted(pixels.shape[:2])
+        short_edge_px = min(self.settings.short_edge_px, shorter)
         if self.settings.crop == "none":
+            fitting_px = MAX_ASPECT * self.settings.short_edge_px * shorter // longer
+            short_edge_px = max(1, min(short_edge_px, fitting_px))
             return images.resize_short_edge(pixels, short_edge_px, "bicubic")
         return images.resize_and_crop_square(pixels, short_edge_px, "bicubic")[0]
 

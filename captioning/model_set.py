@@ -3,8 +3,9 @@
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from typing import Any
 
-from captioning.efficiency import print_efficiency
+from captioning.efficiency import measure_bare_engine, print_efficiency
 from captioning.engine import models
 from captioning.engine.models import ModelIdentity
 from captioning.from_model import VllmCaptioning, rule_of
@@ -12,7 +13,8 @@ from captioning.wanted import wanted_by
 from pipeline import storage
 from pipeline.beam_job import RunnerOptions
 from pipeline.errors import EvenmixError
-from pipeline.receipts import read_receipt
+from pipeline.exclusions import stored_exclusions
+from pipeline.receipts import fingerprint, read_receipt
 from pipeline.recipe import Recipe, VllmCaptions
 from pipeline.records import IMAGES, NOTES
 from pipeline.run import run_stage
@@ -61,11 +63,21 @@ def write(
         EvenmixError: the model cannot be found, or a stage before has not finished.
     """
     model = check(recipe, captions, settings)
+    _note_model(recipe.root, captions, model)
     wanted = None
     if settings.pictures == "selected":
+        stored = stored_exclusions(recipe.root, mixture_of.exclusions)
+        mixture_of = mixture_of.model_copy(update={"exclusions": stored})
         wanted = wanted_by(mixture_of, settings.margin, captions)
     stage = VllmCaptioning(
-        recipe.root, captions, settings, model, recipe.datasets, recipe.seed, wanted
+        recipe.root,
+        captions,
+        settings,
+        model,
+        recipe.datasets,
+        recipe.seed,
+        wanted,
+        runner.workers if runner.is_local else None,
     )
     items = _plan(stage, mixture_of)
     already = {
@@ -75,8 +87,22 @@ def write(
     }
     began = datetime.now(UTC)
     run_stage(stage, items, runner)
+    settings_url = _note_url(recipe.root, captions, "settings")
+    storage.replace(settings_url, settings.model_dump_json(exclude_unset=True).encode())
+    if bare_engine_captions is not None:
+        measure_bare_engine(stage, items, bare_engine_captions)
     done = [item for item in items if (item.dataset, item.shard) not in already]
-    print_efficiency(stage, done, began, bare_engine_captions)
+    print_efficiency(stage, done, began)
+
+
+def noted_settings(root: str, captions: str) -> dict[str, Any] | None:
+    """Return the settings that a finished set was made with last, None if there is no such set."""
+    url = _note_url(root, captions, "settings")
+    return dict(json.loads(storage.read_bytes(url))) if storage.exists(url) else None
+
+
+def _note_url(root: str, captions: str, what: str) -> str:
+    return storage.join(root, NOTES, "captions", captions, f"{what}.json")
 
 
 def _plan(stage: VllmCaptioning, mixture_of: Recipe) -> list[WorkItem]:
@@ -88,56 +114,69 @@ def _plan(stage: VllmCaptioning, mixture_of: Recipe) -> list[WorkItem]:
         families: dict[str, Mapping[str, str]] = {
             "images": finished_shards(root, IMAGES, dataset, "ingest")
         }
-        if stage.wanted is not None:
-            folder = f"duplicates/{mixture_of.dedup.name}"
-            families["duplicates"] = finished_shards(root, folder, dataset, "dedup")
         if parent is not None:
-            families["parent"] = _parent_shards(stage, parent, dataset, families["images"])
+            families["parent"] = _parent_shards(stage, parent, dataset)
         for shard in families["images"]:
-            inputs = {family: digests[shard] for family, digests in families.items()}
+            inputs = {
+                family: digests[shard] for family, digests in families.items() if shard in digests
+            }
             items.append(WorkItem(dataset, shard, inputs))
+        if stage.wanted is not None:
+            _refuse_undeduplicated(mixture_of, dataset, families["images"])
     return items
 
 
-def _parent_shards(
-    stage: VllmCaptioning, parent: str, dataset: str, shards: Mapping[str, str]
-) -> Mapping[str, str]:
-    """Return the digests of a parent set's shards.
+def _refuse_undeduplicated(recipe: Recipe, dataset: str, shards: Mapping[str, str]) -> None:
+    """Raise an EvenmixError if the search for duplicates does not know all shards."""
+    folder = f"duplicates/{recipe.dedup.name}"
+    missing = sorted(shards.keys() - finished_shards(recipe.root, folder, dataset, "dedup").keys())
+    if missing:
+        raise EvenmixError(
+            f"{folder}/{dataset} lacks {len(missing)} shards, such as {missing[0]}, so which of "
+            "their pictures are duplicates is not known: give dedup.name another value and run "
+            "`evenmix dedup` again"
+        )
+
+
+def _parent_shards(stage: VllmCaptioning, parent: str, dataset: str) -> Mapping[str, str]:
+    """Return the digests of a parent set's shards, which may be fewer than there are by now.
 
     Raises:
-        EvenmixError: it lacks some, or was not made with a model.
+        EvenmixError: it is not finished, was not made with a model, or has more captions a picture.
     """
     folder = f"captions/{parent}"
     digests = finished_shards(stage.root, folder, dataset, f"caption --captions {parent}")
-    missing = sorted(shards.keys() - digests.keys())
-    if missing:
-        raise EvenmixError(
-            f"{folder}/{dataset} lacks {len(missing)} shards, such as {missing[0]}; run `evenmix "
-            f"caption --captions {parent}` first"
-        )
     first = storage.join(dataset_url(stage.root, folder, dataset), f"{min(digests)}.parquet")
-    engine = read_receipt(first).identity["config"]["engine"]
-    if engine != "vllm":
+    config = read_receipt(first).identity["config"]
+    if config["engine"] != "vllm":
         raise EvenmixError(
-            f"the parent set {parent} was made by engine {engine}, not by a model; nothing of it "
-            "can be taken over"
+            f"the parent set {parent} was made by engine {config['engine']}, not by a model; "
+            "nothing of it can be taken over"
+        )
+    if config["captions_per_image"] > stage.settings.captions_per_image:
+        raise EvenmixError(
+            f"the parent set {parent} has {config['captions_per_image']} captions a picture, of "
+            f"which {stage.captions} would keep {stage.settings.captions_per_image}; raise "
+            "captions_per_image"
         )
     return digests
 
 
 def _model(root: str, captions: str, settings: VllmCaptions) -> ModelIdentity:
-    """Find out which model it is, to the commit.
-
-    That of the first run is noted: a model which moves on at the Hub must not end up in the same
-    set.
-    """
-    url = storage.join(root, NOTES, "captions", captions, "model.json")
-    noted = json.loads(storage.read_bytes(url)) if storage.exists(url) else {}
+    """Find out which model it is, to the commit: that of the set's first run with it."""
+    url = _model_url(root, captions, settings.model)
     revision = settings.revision
-    if revision is None and noted.get("model") == settings.model:
-        revision = noted["revision"]
-    model = models.resolve(settings.model, revision, settings.endpoint)
-    if model.hub_commit is not None and not noted:
+    if revision is None and settings.endpoint is None and storage.exists(url):
+        revision = str(json.loads(storage.read_bytes(url))["revision"])
+    return models.resolve(settings.model, revision, settings.endpoint)
+
+
+def _note_model(root: str, captions: str, model: ModelIdentity) -> None:
+    """Note the commit: a model which moves on at the Hub must not end up in the same set."""
+    if model.hub_commit is not None:
         note = {"model": model.name, "revision": model.hub_commit}
-        storage.publish(url, json.dumps(note).encode())
-    return model
+        storage.publish(_model_url(root, captions, model.name), json.dumps(note).encode())
+
+
+def _model_url(root: str, captions: str, model: str) -> str:
+    return _note_url(root, captions, f"model-{fingerprint({'model': model})[:16]}")

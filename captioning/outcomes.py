@@ -19,6 +19,8 @@ class CaptionOutcome(StrEnum):
     """The caption is the prompt, or begins with it."""
     WRONG_SCRIPT = "wrong_script"
     """The caption is in another script than those expected."""
+    THINKING = "thinking"
+    """The answer has the model's thinking in it; `chat_template` may turn that off."""
     PICTURE_FAILED = "picture_failed"
     """The picture could not be decoded, or the engine refused it."""
     ENGINE_FAILED = "engine_failed"

@@ -24,6 +24,7 @@ from pipeline.eligible import (
     min_short_edge_px,
     selection_hash,
 )
+from pipeline.receipts import fingerprint
 from pipeline.recipe import Recipe
 from pipeline.records import IMAGES, NOTES
 from pipeline.summary import finished_shards
@@ -37,21 +38,13 @@ class Wanted:
     margin: float
     bounds: Mapping[str, int]
 
-    def config(self) -> dict[str, Any]:
+    def config(self, dataset: str) -> dict[str, Any]:
         """Return what decides the choice, for the identity of a caption set's shards.
 
-        The list of exclusions is not among it: a takedown must not make published captions look
-        wrong.
+        Neither the list of exclusions nor the search for duplicates is among it: a takedown, or the
+        new search that a retry of ingest needs, must not make published captions look wrong.
         """
-        mixture = self.recipe.mixture
-        return {
-            "images_per_dataset": mixture.images_per_dataset,
-            "margin": self.margin,
-            "min_short_edge_px": min_short_edge_px(self.recipe),
-            "validation_fraction": mixture.validation_fraction,
-            "duplicates": self.recipe.dedup.name,
-            "seed": self.recipe.seed,
-        }
+        return _config(self.recipe, self.margin) | {"bound": f"{self.bounds[dataset]:x}"}
 
     def keys(self, dataset: str, shard: str) -> set[str]:
         """Return the keys of the pictures of a shard that are asked for."""
@@ -71,12 +64,25 @@ def wanted_by(recipe: Recipe, margin: float, captions: str) -> Wanted:
         EvenmixError: ingest or dedup has not finished; the text says which command does that.
     """
     bounds = {}
+    folder = storage.join(recipe.root, NOTES, "captions", captions)
+    choice = fingerprint(_config(recipe, margin))[:16]
     for dataset in recipe.mixture_datasets():
-        url = storage.join(recipe.root, NOTES, "captions", captions, f"{dataset}.wanted.json")
+        url = storage.join(folder, f"wanted-{choice}-{dataset}.json")
         if not storage.exists(url):
             storage.publish(url, json.dumps({"bound": _bound(recipe, margin, dataset)}).encode())
         bounds[dataset] = int(json.loads(storage.read_bytes(url))["bound"])
     return Wanted(recipe, margin, bounds)
+
+
+def _config(recipe: Recipe, margin: float) -> dict[str, Any]:
+    mixture = recipe.mixture
+    return {
+        "images_per_dataset": mixture.images_per_dataset,
+        "margin": margin,
+        "min_short_edge_px": min_short_edge_px(recipe),
+        "validation_fraction": mixture.validation_fraction,
+        "seed": recipe.seed,
+    }
 
 
 def _bound(recipe: Recipe, margin: float, dataset: str) -> int:

@@ -13,6 +13,7 @@ from pipeline.command_options import add_stage_arguments, recipe_of, runner_of
 from pipeline.errors import EvenmixError
 from pipeline.exclusions import stored_exclusions
 from pipeline.progress import console, reasons_text
+from pipeline.reasons import RejectReason
 from pipeline.receipts import Receipt
 from pipeline.recipe import Recipe
 from pipeline.run import run_stage
@@ -38,7 +39,9 @@ def run_recipe(recipe: Recipe, runner: RunnerOptions) -> None:
     exclusions = stored_exclusions(recipe.root, recipe.exclusions)
     recipe = recipe.model_copy(update={"exclusions": exclusions})
     select = Select(recipe)
-    refuse_empty(run_stage(select, select.plan(), runner))
+    selected = run_stage(select, select.plan(), runner)
+    refuse_empty(selected)
+    tell_exhausted(recipe, selected)
     write = Write(recipe)
     run_stage(write, write.plan(), runner)
     publish_manifest(recipe, write)
@@ -56,6 +59,23 @@ def refuse_empty(summaries: Mapping[str, Summary]) -> None:
             f"no picture is left for the mixture in: {'; '.join(empty)}. Relax the recipe, or name "
             "the other datasets in mixture.datasets"
         )
+
+
+def tell_exhausted(recipe: Recipe, summaries: Mapping[str, Summary]) -> None:
+    """Say where more pictures might be had: all that have captions are taken, others never asked.
+
+    The margin of a caption set that is made for a mixture was too small then.
+    """
+    captions = recipe.mixture.captions
+    for dataset, summary in sorted(summaries.items()):
+        rejected = summary.counts.rejected
+        if RejectReason.NOT_ASKED in rejected and RejectReason.NOT_SAMPLED not in rejected:
+            console.print(
+                f"{dataset}: all pictures that captions/{captions} has captions of are taken; "
+                f"{rejected[RejectReason.NOT_ASKED]:,} more were not asked for. If they are too "
+                f"few, write another set with --parent {captions} and a larger --margin",
+                soft_wrap=True,
+            )
 
 
 def publish_manifest(recipe: Recipe, write: Write) -> None:

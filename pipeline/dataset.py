@@ -30,17 +30,22 @@ def _pattern(text: str) -> str:
     return text
 
 
-def _without_secrets(source: str) -> str:
+def without_secrets(source: str) -> str:
+    """Return a URL or path that may be stored.
+
+    Raises:
+        ValueError: it has a password or a token in it.
+    """
     address = urlsplit(source)
     if "@" in address.netloc:
         raise ValueError(
-            "has a user name or a password in it, and would be stored with every picture; remove "
-            "them: credentials come from the environment"
+            "has a user name or a password in it, which would be stored; remove them: credentials "
+            "come from the environment"
         )
     if address.scheme in ("http", "https") and address.query:
         raise ValueError(
-            "has a query ('?…') in it, which may be a signature or a token, and would be stored "
-            "with every picture; remove it, or download the file and give its local path"
+            "has a query ('?…') in it, which may be a signature or a token, and would be stored; "
+            "remove it, or download the file and give its local path"
         )
     return source
 
@@ -85,7 +90,7 @@ class Dataset(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     layout: Layout
-    source: Annotated[str, AfterValidator(_without_secrets)]
+    source: Annotated[str, AfterValidator(without_secrets)]
     revision: str | None = None
     mirror: bool = False
     licence: str

@@ -18,7 +18,7 @@ from pydantic import (
 
 from pipeline.catalog import CATALOG
 from pipeline.config_file import load_toml
-from pipeline.dataset import Dataset, PromptKind
+from pipeline.dataset import Dataset, PromptKind, without_secrets
 from pipeline.errors import did_you_mean
 
 DEFAULT_CAPTIONER = "Qwen/Qwen3-VL-30B-A3B-Instruct-FP8"
@@ -50,6 +50,16 @@ def _root(url: str) -> str:
 
 
 Root = Annotated[str, AfterValidator(_root)]
+Stored = Annotated[str, AfterValidator(without_secrets)]
+
+
+def _endpoint(url: str) -> str:
+    if not re.fullmatch(r"https?://[^/?#\s]+(/[^?#\s]*)?", without_secrets(url)):
+        raise ValueError(f"{url!r} is no URL such as http://host:8000/v1")
+    return url
+
+
+Endpoint = Annotated[str, AfterValidator(_endpoint)]
 
 
 class Images(_Section):
@@ -128,7 +138,7 @@ class PublishedCaptions(_Section):
     """
 
     engine: Literal["published"]
-    source: str = PUBLISHED_CAPTIONS
+    source: Stored = PUBLISHED_CAPTIONS
     revision: str | None = None
     subsets: dict[str, str] = {}
 
@@ -148,7 +158,7 @@ class OwnPrompt(_Section):
 
 Script = Literal["latin", "cyrillic", "greek", "arabic", "hebrew", "devanagari", "thai", "cjk"]
 RedoneOutcome = Literal[
-    "truncated", "empty", "refused", "repeating", "echo", "wrong_script",
+    "truncated", "empty", "refused", "repeating", "echo", "wrong_script", "thinking",
     "picture_failed", "engine_failed", "not_asked",
 ]  # fmt: skip
 
@@ -160,11 +170,14 @@ class VllmCaptions(_Section):
     ``arguments`` are vLLM's engine arguments, such as ``max_model_len = 4096``; ``accelerator`` is
     Beam's resource hint, such as ``type:nvidia-l4;count:1;install-nvidia-driver``. ``endpoint`` is
     the URL of an OpenAI-compatible server that runs already (``http://host:8000/v1``), which knows
-    the model by its name.
+    the model by its name. ``chat_template`` are values for the model's chat template, such as
+    ``enable_thinking = false``. The workers of a machine together have ``in_flight`` requests at
+    the server, and each of these ``timeout_s`` for its answer.
 
     ``prompts`` are for datasets that want another kind than their own, or a text of the recipe's.
     The model is shown each picture with its shorter edge brought down to ``short_edge_px``, never
-    up, and cropped to a square or (``crop = "none"``) whole. Captions are expected in one of
+    up, and cropped to a square, or whole with ``crop = "none"``: then its longer edge is brought
+    down to four times that. Captions are expected in one of
     ``scripts``, text in quotes apart.
 
     ``pictures`` are ``all``, or those that the mixture may select: its ``images_per_dataset`` and
@@ -173,11 +186,14 @@ class VllmCaptions(_Section):
     """
 
     engine: Literal["vllm"]
-    model: str = DEFAULT_CAPTIONER
+    model: Stored = DEFAULT_CAPTIONER
     revision: str | None = None
     arguments: dict[str, Any] = {}
     accelerator: str | None = None
-    endpoint: str | None = None
+    endpoint: Endpoint | None = None
+    chat_template: dict[str, Any] = {}
+    in_flight: Annotated[int, Field(ge=1)] = 256
+    timeout_s: Annotated[float, Field(gt=0)] = 600.0
     prompts: dict[str, PromptKind | OwnPrompt] = {}
     max_tokens: Annotated[int, Field(ge=1)] = 256
     temperature: Annotated[float, Field(ge=0)] = 1.0
@@ -191,6 +207,13 @@ class VllmCaptions(_Section):
     margin: Annotated[float, Field(ge=0)] = 0.1
     parent: Name | None = None
     redo: list[RedoneOutcome] = []
+
+    @model_validator(mode="after")
+    def _is_of_our_own_server(self) -> "VllmCaptions":
+        for name in ("revision", "arguments"):
+            if self.endpoint is not None and getattr(self, name):
+                raise ValueError(f"{name} is for a server of our own; with an endpoint, remove it")
+        return self
 
 
 Captions = Annotated[

@@ -50,6 +50,14 @@ def parse(tmp_path: Path, *options: str) -> argparse.Namespace:
         ),
         (["--captions", "new", "--parent", "own", "--redo", "empty"], "is not made with a model"),
         (["--captions", "new", "--parent", "new", "--model", "a/b"], "its own parent"),
+        (["--captions", "new", "--model", "a/b", "--bare-engine", "0"], "at least one caption"),
+        (["--bare-engine", "9"], "which own does not have"),
+        (["--captions", "n", "--model", "m", "--endpoint", "host:8000/v1"], "is no URL such as"),
+        (
+            ["--captions", "n", "--model", "m", "--endpoint", "http://me:pw@host/v1"],
+            "user name or a password",
+        ),
+        (["--captions", "n", "--model", "s3://key:secret@b/m"], "user name or a password"),
     ],
 )
 def test_what_cannot_be_meant_is_an_error(tmp_path: Path, options: list[str], problem: str) -> None:
@@ -63,3 +71,23 @@ def test_a_recipe_about_another_corpus_is_an_error(tmp_path: Path) -> None:
     options = ("--captions", "new", "--model", "a/b", "--for", str(other))
     with pytest.raises(EvenmixError, match="is about the corpus elsewhere"):
         caption.run(parse(tmp_path, *options))
+
+
+def test_a_mixture_of_other_datasets_is_an_error(tmp_path: Path) -> None:
+    other = tmp_path / "other.toml"
+    other.write_text(RECIPE.replace("[datasets.cats]", "[datasets.dogs]"))
+    options = ("--captions", "new", "--model", "a/b", "--for", str(other))
+    with pytest.raises(EvenmixError, match=r"has datasets that .* lacks: dogs"):
+        caption.run(parse(tmp_path, *options))
+
+
+def test_a_child_of_a_set_in_the_recipe_has_its_settings(tmp_path: Path) -> None:
+    args = parse(tmp_path, "--captions", "new-2", "--parent", "new", "--redo", "truncated,empty")
+    parent = '[captions.new]\nengine = "vllm"\nmodel = "a/b"\ncaptions_per_image = 5\n'
+    Path(args.recipe).write_text(RECIPE + parent)
+    recipe, captions = caption._recipe_and_set(args)
+    assert captions == "new-2"
+    table = {"engine": "vllm", "model": "a/b", "captions_per_image": 5}
+    assert recipe.captions["new"].model_dump(exclude_unset=True) == table
+    child = table | {"parent": "new", "redo": ["truncated", "empty"]}
+    assert recipe.captions["new-2"].model_dump(exclude_unset=True) == child

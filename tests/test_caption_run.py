@@ -93,7 +93,7 @@ def test_the_command_captions_a_corpus_at_a_rate_it_compares_with_the_engine_alo
     printed = corpora.finish(corpora.evenmix(*caption, "--workers=2"))
     num_captions = 2 * sum(KEPT.values())
     assert re.search(rf"{num_captions} captions with [\d,]+ output tokens in .* tokens/s", printed)
-    assert "--bare-engine 512" in printed
+    assert "with --bare-engine 512 the engine alone is measured" in printed
     assert "nothing to do" in corpora.finish(corpora.evenmix(*caption))
     lease.release()
 
@@ -106,7 +106,7 @@ def test_the_command_captions_a_corpus_at_a_rate_it_compares_with_the_engine_alo
         assert each["outcome"] in ("ok", "truncated", "empty", "repeating", "wrong_script")
         assert 1 <= each["completion_tokens"] <= MAX_TOKENS
         assert each["prompt"] == "Describe the image in detail using one paragraph."
-        assert each["model"] == str(models["qwen3_vl"])
+        assert each["model"] == models["qwen3_vl"].name
 
 
 def test_a_run_that_is_killed_goes_on_with_another_family_and_is_measured(
@@ -140,6 +140,7 @@ def test_a_run_that_is_killed_goes_on_with_another_family_and_is_measured(
     ]
     assert before == rows + SLICE_CAPTIONS * len(kept) > 0
     assert not list(folder.glob("*/.temporary-*"))
-    bare = re.search(r"efficiency: (\d\.\d\d) of the bare engine's ([\d,]+) tokens/s", printed)
-    assert bare, printed
-    assert 0 < float(bare[1]) < 2
+    assert re.search(r"the bare engine: [\d,]+ tokens/s \(vLLM's LLM.chat, 32 captions", printed)
+    share = re.search(r"efficiency: (\d\.\d\d) of the bare engine's", printed)
+    assert share, printed
+    assert 0 < float(share[1]) < 2

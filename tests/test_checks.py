@@ -319,6 +319,19 @@ def test_the_first_outcome_that_holds_counts(
     assert judge(ending, text, DESCRIBE.text, ["latin"]) is outcome
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<think>So, the user wants a description of the picture. Let me",
+        "Got it, a cat on a sofa.</think>\n\nA grey cat lies on a green sofa.",
+        "<think>\n\n</think>\n\nA grey cat lies on a green sofa.",
+    ],
+)
+def test_thinking_is_no_caption(text: str) -> None:
+    for ending in (Ending.STOP, Ending.LENGTH):
+        assert judge(ending, text, "Describe.", ["latin"]) is CaptionOutcome.THINKING
+
+
 @pytest.mark.parametrize("text", CAPTIONS)
 def test_captions_in_any_of_the_scripts_are_ok(text: str) -> None:
     scripts: list[Script] = ["latin", "cyrillic", "arabic", "cjk"]

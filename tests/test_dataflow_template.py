@@ -86,7 +86,7 @@ def test_ingest_is_a_small_job_without_accelerators_or_secrets(
 def test_captioning_asks_for_an_accelerator_where_it_captions(gcs_bucket: str) -> None:
     accelerator = "type:nvidia-l4;count:1;install-nvidia-driver"
     settings = VllmCaptions(engine="vllm", accelerator=accelerator)
-    model = ModelIdentity(settings.model, "0" * 40)
+    model = ModelIdentity(settings.model, "0" * 40, settings.model)
     stage = VllmCaptioning(f"{gcs_bucket}/R", "own", settings, model, {}, seed=0)
     staged = stage_job(stage, gcs_bucket)
 

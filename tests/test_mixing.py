@@ -15,7 +15,7 @@ import pytest
 from captioning.outcomes import CaptionOutcome
 from captioning.tables import CAPTIONS
 from captioning.wanted import wanted_by
-from mixing.mix import refuse_empty
+from mixing.mix import refuse_empty, tell_exhausted
 from mixing.select import Select
 from mixing.weights import dataset_weights
 from pipeline import storage
@@ -201,6 +201,12 @@ def test_the_pictures_asked_for_stay_the_same_when_more_come_in(root: str, tmp_p
     summary.write_text(json.dumps(document))
     assert wanted_by(recipe, 0.1, "new").bounds == before.bounds
     assert wanted_by(recipe, 0.1, "another").bounds != before.bounds
+    # Another mixture is another choice, which the note of the first has no say in.
+    document = RECIPE | {"root": str(tmp_path)}
+    document["mixture"] = RECIPE["mixture"] | {"images_per_dataset": 20}
+    fewer = wanted_by(Recipe.model_validate(document), 0.1, "new")
+    assert fewer.bounds["set"] < before.bounds["set"]
+    assert fewer.config("set") != before.config("set")
 
 
 def test_a_picture_that_was_not_asked_for_is_counted_as_that(root: str, tmp_path: Path) -> None:
@@ -222,6 +228,19 @@ def test_an_empty_dataset_is_refused_with_its_reasons(root: str) -> None:
     refuse_empty({"set": replace(summary, counts=Counts(1, 1))})
     with pytest.raises(EvenmixError, match=r"set \(ingest kept none\)"):
         refuse_empty({"set": replace(summary, counts=Counts(0, 0))})
+
+
+def test_a_mixture_says_where_captions_that_were_not_asked_for_are_wanting(
+    root: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = Recipe.model_validate(RECIPE | {"root": root})
+    short = Summary("select", "short", {}, Counts(9, 5, {"not_asked": 4}))
+    full = Summary("select", "full", {}, Counts(9, 3, {"not_asked": 4, "not_sampled": 2}))
+    tell_exhausted(recipe, {"short": short, "full": full})
+    told = capsys.readouterr().err
+    assert "short: all pictures" in told
+    assert "4 more were not asked for" in told
+    assert "full" not in told
 
 
 def test_equal_weights_are_exact() -> None:

@@ -5,6 +5,7 @@ The engine is an endpoint whose answers each test decides; test_caption_run.py h
 
 import base64
 import io
+import json
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -13,11 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
 
 from captioning import from_model, model_set
+from captioning.engine import conversation
+from captioning.engine.models import ModelIdentity
+from captioning.from_model import VllmCaptioning
 from captioning.from_source import SourceCaptioning
 from captioning.slices import SLICE_CAPTIONS
 from mixing.select import Select
@@ -219,16 +224,14 @@ def test_a_run_that_ends_early_asks_again_for_less_than_a_slice(document: dict[s
                 answered.add(body["seed"])
         return a_caption(body)
 
-    with answering(until_withdrawn) as server:
-        with pytest.raises(EvenmixError, match="no such key"):
-            write(document, server, captions_per_image=many)
-        url = server.url
+    with answering(until_withdrawn) as server, pytest.raises(EvenmixError, match="no such key"):
+        write(document, server, captions_per_image=many, in_flight=8)
     assert len(answered) == 300
     with answering(a_caption) as server:
-        found = write(document, server, captions_per_image=many, endpoint=url and server.url)
+        found = write(document, server, captions_per_image=many, in_flight=8)
     assert all(len(each) == many for each in found.values())
     asked_again = answered & {body["seed"] for body in server.bodies}
-    assert 0 <= len(asked_again) < SLICE_CAPTIONS
+    assert 0 <= len(asked_again) < SLICE_CAPTIONS + 8
     asked = {body["seed"] for body in server.bodies if body["max_tokens"] > 1}
     assert len(asked | answered) == wanted
     left = storage.list_files(f"{document['root']}/captions")
@@ -378,6 +381,80 @@ def test_only_what_a_mixture_may_select_is_asked_for(document: dict[str, Any]) -
     assert sum(each[0]["outcome"] == "ok" for each in more.values()) == 20
     for key, each in found.items():
         assert each == more[key] or each[0]["outcome"] == "not_asked"
+
+
+def test_pictures_that_came_in_since_are_new_to_a_parent_and_unknown_to_dedup(
+    document: dict[str, Any],
+) -> None:
+    images = finished_shards(document["root"], "images", "shapes", "ingest")
+    run_here(AllKept(document["root"]), [WorkItem("shapes", shard, {}) for shard in images])
+    with answering(a_caption) as server:
+        parent = write(document, server)
+    for family in ("captions/vlm", "duplicates/sscd"):  # as if the second shard had come later
+        summary = Path(document["root"], family, "shapes", "stage.json")
+        content = json.loads(summary.read_text())
+        del content["items"][max(images)]
+        summary.write_text(json.dumps(content))
+    with answering(a_caption) as server:
+        child = write(document, server, "vlm-2", parent="vlm", redo=["empty"])
+        assert len(server.bodies) == 1 + PICTURES // SHARDS
+        with pytest.raises(EvenmixError, match=r"lacks 1 shards, .* `evenmix dedup` again"):
+            write(document, server, "vlm-3", pictures="selected")
+    without_times = [
+        {key: [c["text"] for c in each] for key, each in found.items()} for found in (parent, child)
+    ]
+    assert without_times[0] == without_times[1]
+
+
+def test_a_child_keeps_no_fewer_captions_than_its_parent(document: dict[str, Any]) -> None:
+    with answering(a_caption) as server:
+        write(document, server, captions_per_image=3)
+        with pytest.raises(EvenmixError, match="has 3 captions a picture"):
+            write(document, server, "vlm-2", parent="vlm", captions_per_image=2)
+    assert len(server.bodies) == 1 + 3 * PICTURES
+    noted = model_set.noted_settings(document["root"], "vlm")
+    assert noted is not None
+    assert (noted["model"], noted["captions_per_image"]) == ("tiny", 3)
+
+
+def test_a_run_in_which_all_fails_ends(document: dict[str, Any]) -> None:
+    def respond(body: dict[str, Any]) -> Reply:
+        return a_caption(body) if body["max_tokens"] == 1 else Reply("no luck", status=500)
+
+    with (
+        answering(respond) as server,
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(EvenmixError, match=r"(?s)16 captions in a row have failed.*no luck"),
+    ):
+        patch.setattr(from_model, "MAX_FAILURES_IN_A_ROW", 16)
+        patch.setattr(conversation, "BACKOFF_S", 0.01)
+        write(document, server)
+    assert not storage.glob_files(f"{document['root']}/captions/vlm/shapes/*.parquet")
+
+
+def test_what_only_decides_the_speed_may_change_between_runs(document: dict[str, Any]) -> None:
+    def config(**arguments: Any) -> Mapping[str, Any]:
+        settings = VllmCaptions(engine="vllm", arguments=arguments)
+        recipe = Recipe.model_validate(document)
+        model = ModelIdentity("m", None, "m")
+        return VllmCaptioning(recipe.root, "c", settings, model, recipe.datasets, 0).config(
+            "shapes"
+        )
+
+    slow = config(gpu_memory_utilization=0.9, max_num_seqs=4, dtype="bfloat16")
+    assert config(tensor_parallel_size=2, dtype="bfloat16") == slow
+    assert config(dtype="float32") != slow
+
+
+def test_a_panorama_that_is_shown_whole_is_bounded(document: dict[str, Any]) -> None:
+    recipe = Recipe.model_validate(document)
+    settings = VllmCaptions(engine="vllm", crop="none", short_edge_px=64)
+    stage = VllmCaptioning(
+        recipe.root, "c", settings, ModelIdentity("m", None, "m"), recipe.datasets, 0
+    )
+    for height, width, shown in ((40, 4000, (2, 200)), (300, 100, (192, 64)), (50, 50, (50, 50))):
+        pixels = np.zeros((height, width, 3), np.uint8)
+        assert stage._prepare(pixels).shape[:2] == shown
 
 
 def test_a_parent_without_a_model_and_one_that_is_not_there_are_errors(

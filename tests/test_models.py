@@ -48,7 +48,7 @@ def test_a_folder_is_known_by_its_files(checkpoint: Path, monkeypatch: pytest.Mo
     )
     revision = f"sha256:{hashlib.sha256(rows.encode()).hexdigest()}"
     identity = resolve(str(checkpoint), None, None)
-    assert identity == ModelIdentity(str(checkpoint), revision)
+    assert identity == ModelIdentity(checkpoint.name, revision, str(checkpoint))
     assert identity.hub_commit is None
     # A relative path means the same, and notes of huggingface_hub change nothing.
     (checkpoint / ".cache").mkdir()
@@ -78,7 +78,7 @@ def test_another_file_is_another_model(checkpoint: Path, change: object) -> None
 )
 def test_a_name_on_the_hub_becomes_a_commit(hub: Hub, revision: str | None, commit: str) -> None:
     identity = resolve("org/model", revision, None)
-    assert identity == ModelIdentity("org/model", commit)
+    assert identity == ModelIdentity("org/model", commit, "org/model")
     assert identity.hub_commit == commit
 
 
@@ -124,7 +124,7 @@ def test_a_url_is_known_by_its_listing(gcs_bucket: str) -> None:
 
 def test_an_endpoint_says_nothing_of_its_model() -> None:
     identity = resolve("anything", None, "http://host:8000/v1")
-    assert identity == ModelIdentity("anything", None)
+    assert identity == ModelIdentity("anything", None, "anything")
 
 
 @pytest.mark.parametrize(

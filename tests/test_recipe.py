@@ -130,12 +130,12 @@ def test_all_mistakes_come_at_once_with_a_suggestion_for_each_unknown_key(tmp_pa
         (
             'source = "cats"',
             'source = "https://me:pa55@x.org/cats"',
-            "datasets.cats.source: has a user name or a password in it, and would be stored",
+            "datasets.cats.source: has a user name or a password in it, which would be stored",
         ),
         (
             'source = "cats"',
             'source = "s3://me:pa55@bucket/cats"',
-            "datasets.cats.source: has a user name or a password in it, and would be stored",
+            "datasets.cats.source: has a user name or a password in it, which would be stored",
         ),
         (
             'source = "cats"',

@@ -22,13 +22,16 @@ _CONFIG = "config.json"
 class ModelIdentity:
     """A model to the byte, as far as it can be known.
 
-    ``name`` is an absolute path, a name on the Hugging Face Hub, a URL, or what an endpoint calls
-    it. ``revision`` is a commit of the Hub, ``sha256:`` and a digest of the files of a folder,
-    ``listing-sha256:`` and a digest of what a store says of its files, or None at an endpoint.
+    ``name`` is the name of a folder, a name on the Hugging Face Hub, a URL, or what an endpoint
+    calls it; ``location`` is where an engine finds it, so for a folder its absolute path, which is
+    recorded nowhere. ``revision`` is a commit of the Hub, ``sha256:`` and a digest of the files of
+    a folder, ``listing-sha256:`` and a digest of what a store says of its files, or None at an
+    endpoint.
     """
 
     name: str
     revision: str | None
+    location: str
 
     @property
     def hub_commit(self) -> str | None:
@@ -47,15 +50,15 @@ def resolve(model: str, revision: str | None, endpoint: str | None) -> ModelIden
         EvenmixError: there is no such model or revision, or it is not open to the user.
     """
     if endpoint is not None:
-        return ModelIdentity(model, None)
+        return ModelIdentity(model, None, model)
     name = locate(model)
     if _is_url(name):
         _refuse_revision(name, revision)
-        return ModelIdentity(name, _listing_digest(name))
+        return ModelIdentity(name, _listing_digest(name), name)
     if Path(name).is_absolute():
         _refuse_revision(name, revision)
-        return ModelIdentity(name, _folder_digest(Path(name)))
-    return ModelIdentity(name, _hub_commit(name, revision))
+        return ModelIdentity(Path(name).name, _folder_digest(Path(name)), name)
+    return ModelIdentity(name, _hub_commit(name, revision), name)
 
 
 def locate(model: str) -> str:
