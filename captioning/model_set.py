@@ -7,6 +7,7 @@ from typing import Any
 
 from captioning.efficiency import measure_bare_engine, print_efficiency
 from captioning.engine import models
+from captioning.engine.arguments import check_arguments
 from captioning.engine.models import ModelIdentity
 from captioning.from_model import VllmCaptioning, rule_of
 from captioning.wanted import wanted_by
@@ -23,7 +24,7 @@ from pipeline.summary import dataset_url, finished_shards
 
 
 def check(recipe: Recipe, captions: str, settings: VllmCaptions) -> ModelIdentity:
-    """Check that the model is there, and that the datasets have what the prompts ask for.
+    """Check the model, the engine's arguments, and that the datasets have what prompts ask for.
 
     Returns which model it is.
 
@@ -36,6 +37,10 @@ def check(recipe: Recipe, captions: str, settings: VllmCaptions) -> ModelIdentit
             rule_of(captions, settings, dataset, recipe.datasets[dataset])
         except EvenmixError as error:
             obstacles.append(str(error))
+    try:
+        check_arguments(settings.arguments)
+    except EvenmixError as error:
+        obstacles.append(f"captions.{captions}.arguments: {error}")
     try:
         model = _model(recipe.root, captions, settings)
     except EvenmixError as error:

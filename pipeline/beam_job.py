@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 
 from pipeline.errors import EvenmixError
+from pipeline.notices import notices, send_notices
 from pipeline.stage import Stage
 
 _ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(4 << 20)}
@@ -60,6 +61,8 @@ def run(
 ) -> None:
     """Run a stage's work lists to their end, calling ``while_waiting`` about every second.
 
+    What the workers of a local job have to tell is printed meanwhile (pipeline/notices.py).
+
     Raises:
         EvenmixError: an item cannot be done, or a worker process was lost.
         RuntimeError: an item failed in a way that evenmix does not know; the text has Beam's trace.
@@ -68,23 +71,26 @@ def run(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([WORKER_MODULE, _PIPELINE_MODULE])
     receiver, sender = context.Pipe(duplex=False)
-    job = context.Process(
-        target=_job_main, args=(stage, work_list_urls, options, dict(os.environ), sender)
-    )
-    job.start()
-    sender.close()
-    family: list[psutil.Process] = []
-    try:
-        # The job sends its failure, or its end of the pipe closes.
-        while job.is_alive() and not receiver.poll(timeout=1.0):
-            family = _family(job.pid) or family
-            while_waiting()
-        failure = _receive(receiver)
-        job.join(_LOST_WORKER_GRACE_S)
-    finally:
-        # If the job was killed, its workers are orphans that would go on.
-        _kill([*family, *_family(job.pid)] if job.is_alive() else family)
-        job.join()
+    with notices() as news:
+        environment = os.environ | news.environment
+        job = context.Process(
+            target=_job_main, args=(stage, work_list_urls, options, environment, sender)
+        )
+        job.start()
+        sender.close()
+        family: list[psutil.Process] = []
+        try:
+            # The job sends its failure, or its end of the pipe closes.
+            while job.is_alive() and not receiver.poll(timeout=1.0):
+                family = _family(job.pid) or family
+                while_waiting()
+                news.show()
+            failure = _receive(receiver)
+            job.join(_LOST_WORKER_GRACE_S)
+        finally:
+            # If the job was killed, its workers are orphans that would go on.
+            _kill([*family, *_family(job.pid)] if job.is_alive() else family)
+            job.join()
     if failure is not None:
         raise failure
     if job.exitcode:
@@ -121,8 +127,10 @@ def _job_main(
     # The parent handles Ctrl-C for both.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if options.is_local:
-        # Beam logs every worker's traceback several times; the failure below has it once.
-        logging.disable(logging.CRITICAL)
+        # Beam logs every worker's traceback several times; the failure below has it once. What has
+        # a handler of its own is still logged.
+        logging.getLogger().handlers = [logging.NullHandler()]
+        send_notices()
         threading.Thread(target=_watch_family, args=(sender,), daemon=True).start()
     else:
         logging.basicConfig(level=logging.INFO, force=True)

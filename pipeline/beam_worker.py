@@ -15,7 +15,10 @@ logging.getLogger().addHandler(logging.NullHandler())
 
 from apache_beam.runners.worker import sdk_worker_main  # noqa: E402
 
+from pipeline.notices import send_notices  # noqa: E402
+
 if __name__ == "__main__":
+    send_notices()
     # What ends this process is still printed: it passes this block on its way out.
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(nowhere):
         sdk_worker_main.main(sys.argv)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from pipeline.errors import EvenmixError
+from pipeline.printable import printable
 
 COMMANDS = {
     "build": ("pipeline.build", "pipeline,dedup", "run all stages of a recipe"),
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 1
     except EvenmixError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; start the same command again to go on", file=sys.stderr)

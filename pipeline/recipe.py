@@ -192,7 +192,7 @@ class VllmCaptions(_Section):
     accelerator: str | None = None
     endpoint: Endpoint | None = None
     chat_template: dict[str, Any] = {}
-    in_flight: Annotated[int, Field(ge=1)] = 256
+    in_flight: Annotated[int, Field(ge=1)] = 512
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
     prompts: dict[str, PromptKind | OwnPrompt] = {}
     max_tokens: Annotated[int, Field(ge=1)] = 256

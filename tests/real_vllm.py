@@ -15,6 +15,7 @@ SHIM = Path(__file__).parent / "vllm_shim"
 
 ARGUMENTS: dict[str, Any] = {
     "dtype": "float32",  # what else is in flight must not tip a draw between two tokens
+    "enable_chunked_prefill": False,  # on a CPU, vLLM 0.32 dies of a part of a prompt with a seed
     "enforce_eager": True,
     "limit_mm_per_prompt": {"image": 1, "video": 0},
     "max_model_len": 1024,

@@ -1,5 +1,6 @@
 """A job ends: with its work done, or with a message, and without a process left behind."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -198,6 +199,56 @@ assert "apache_beam" not in sys.modules
 def test_the_command_itself_does_without_beam(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", ALONE, str(tmp_path)], check=True)
     assert storage.exists(f"{tmp_path}/words/d/a.parquet")
+
+
+class Telling(Words):
+    """Words whose workers have something to tell, then more for nobody, and then fail."""
+
+    def process(self, item: WorkItem) -> Output:
+        log = logging.getLogger("captioning.engine")
+        log.warning("[red]the server of %s\x1b[2J does not work now", item.shard)
+        log.info("starting another for %s", item.shard)
+        log.debug("details")
+        logging.getLogger("pipeline.stores").error("nobody is told")
+        logging.error("neither this")
+        return super().process(item)
+
+
+TELLING = """
+import sys
+from pipeline import beam_job
+from pipeline.stage import write_work_lists
+from tests.stages import items
+from tests.test_beam_job import Telling
+stage = Telling(sys.argv[1], defect="odd")
+try:
+    beam_job.run(stage, write_work_lists(stage, items(*sys.argv[2])), beam_job.RunnerOptions(2),
+                 lambda: None)
+except RuntimeError:
+    print("failed", file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("shards", ["a", "ab"])
+def test_workers_may_tell_a_few_things_and_nothing_else_is_printed(
+    tmp_path: Path, shards: str
+) -> None:
+    """One item alone runs in the job's process, several in worker processes."""
+    command = [sys.executable, "-c", TELLING, str(tmp_path), shards]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    *told, last = done.stderr.splitlines()
+    possible = [
+        line
+        for shard in shards
+        for line in (
+            f"[red]the server of {shard}\ufffd[2J does not work now",
+            f"starting another for {shard}",
+        )
+    ]
+    assert set(told[:2]) <= set(possible)
+    assert set(told) <= set(possible)
+    assert len(told) in (2, 4)  # the other worker may have been ended before
+    assert (last, done.stdout) == ("failed", "")
 
 
 def test_beam_options_are_known_by_name() -> None:

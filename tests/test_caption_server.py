@@ -89,20 +89,45 @@ def test_the_command_line_holds_the_arguments() -> None:
         *("--model", "org/model", "--served-model-name", "captioner", "--uds", "/run/socket"),
         *(
             "--disable-uvicorn-access-log",
-            "--generation-config",
-            "vllm",
-            "--max-model-len",
-            "1024",
+            "--generation-config=vllm",
+            "--max-model-len=1024",
             "--enforce-eager",
         ),
-        *("--no-enable-prefix-caching", "--limit-mm-per-prompt", '{"image": 1}'),
+        *("--no-enable-prefix-caching", '--limit-mm-per-prompt={"image": 1}'),
     ]
 
 
-@pytest.mark.parametrize("name", ["port", "revision", "trust-remote-code", "served_model_name"])
-def test_reserved_and_unsafe_arguments_are_errors(name: str) -> None:
-    with pytest.raises(EvenmixError, match=name.replace("-", "_")):
-        server.server_command("org/model", {name: True}, Path("/run/socket"))
+def test_a_value_is_never_taken_for_a_flag() -> None:
+    arguments = {"enforce_eager": "--trust-remote-code", "reasoning_parser": "qwen3"}
+    command = server.server_command("org/model", arguments, Path("/run/socket"))
+    assert command[-2:] == ["--enforce-eager=--trust-remote-code", "--reasoning-parser=qwen3"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("port", "port is not allowed: it would change how the server is reached"),
+        ("revision", "revision is not allowed: evenmix sets it itself"),
+        ("served_model_name", "served_model_name is not allowed: evenmix sets it itself"),
+        ("trust-remote-code", "trust_remote_code is not allowed: it would run code"),
+        ("--trust_remote-c", "trust_remote_c, short for trust_remote_code, is not allowed"),
+        ("t", "t, short for trust_remote_code, is not allowed"),
+        ("allowed_local_media", "short for allowed_local_media_path, .* read files"),
+        ("hf_token", "hf_token is not allowed: .*; set HF_TOKEN in the environment"),
+        ("api_key", "api_key is not allowed: a secret would be seen"),
+        ("config", "config is not allowed: it would hide arguments"),
+        ("ssl_k", "ssl_k, short for ssl_keyfile, is not allowed"),
+        ("middleware", "middleware is not allowed: it would run code"),
+        ("reasoning_parser_p", "short for reasoning_parser_plugin, is not allowed"),
+        ("trust_remote_code=true", "'trust_remote_code=true' is no name such as max_model_len"),
+        ("hf_overrides.auto_map", "is no name such as"),
+        ("max_model_len --port", "is no name such as"),
+        ("", "is no name such as"),
+    ],
+)
+def test_forbidden_arguments_are_errors(name: str, message: str) -> None:
+    with pytest.raises(EvenmixError, match=message):
+        server.server_command("org/model", {"max_model_len": 9, name: True}, Path("/run/socket"))
 
 
 def test_a_revision_is_asked_for_and_tells_servers_apart(short_tmp: Path) -> None:

@@ -279,6 +279,34 @@ def test_a_file_of_another_make_is_named(root: str, command: Command) -> None:
     assert f"error: {shard} was not written by evenmix" in message
 
 
+def test_names_take_no_orders(root: str, command: Command) -> None:
+    """A corpus may come from anybody: names of sets and datasets, models, outcomes."""
+    name = "[red]\x1b[2J\udcff"
+    hostile = [answer("A cat.", 2, "\x1b[1m[bold]")]
+    stage = Answers(root, name, {"k": hostile}, model="[i]\x1b[3m/m", parent="\x07[b]")
+    run_here(stage, [WorkItem(name, "s", inputs={"keys": ["k"]})])
+    (Path(root) / "captions" / name / name / "stage.json").unlink()
+    status, printed, _ = command(root)
+    assert status == 0
+    assert not {ord(character) for character in printed} & {0x1B, 0x07, 0xDCFF}
+    for shown in [
+        "[red]\ufffd[2J\ufffd",
+        "[i]\ufffd[3m/m",
+        "parent \ufffd[b]",
+        "\ufffd[1m[bold] 1",
+    ]:
+        assert shown in printed
+    assert "[red]\ufffd[2J\ufffd is not finished for [red]\ufffd[2J\ufffd:" in printed
+
+    renamed = Answers(root, "\x1b[7m[bold]", NEWER, model="[i]\x1b[3m/m")
+    run_here(renamed, items(root))
+    status, printed, _ = command(root, "--compare", "own", "\x1b[7m[bold]")
+    assert status == 0
+    assert "\x1b" not in printed
+    assert "\ufffd[7m[bold]" in printed
+    assert "[i]\ufffd[3m/m" in printed
+
+
 # Side by side
 
 

@@ -299,6 +299,7 @@ def test_quoted_text_and_names_may_be_in_another(text: str, scripts: list[Script
         (Ending.LENGTH, DOG[:-20], CaptionOutcome.TRUNCATED),
         (Ending.NOT_TAKEN, "", CaptionOutcome.PICTURE_FAILED),
         (Ending.FAILED, "", CaptionOutcome.ENGINE_FAILED),
+        (Ending.WITHHELD, DOG, CaptionOutcome.REFUSED),
         (Ending.STOP, "", CaptionOutcome.EMPTY),
         (Ending.STOP, " \n\u200b", CaptionOutcome.EMPTY),
         (Ending.LENGTH, "!" * 256, CaptionOutcome.EMPTY),

@@ -5,11 +5,13 @@ import base64
 import io
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -34,7 +36,7 @@ Respond = Callable[[dict[str, Any]], Reply]
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conversation, "BACKOFF_S", 0.02)
     monkeypatch.setattr(conversation, "MAX_BACKOFF_S", 0.1)
-    monkeypatch.setattr(conversation, "START_PATIENCE_S", 0.1)
+    monkeypatch.setattr(conversation, "START_PATIENCE_S", 1.0)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
@@ -97,9 +99,9 @@ def test_answers_come_as_they_are_ready() -> None:
         assert list(answers) == []
 
 
-@pytest.mark.parametrize("prompt", ["well", "refused", "too large", "odd", "worse"])
+@pytest.mark.parametrize("prompt", ["well", "refused", "moderated", "too large", "odd", "worse"])
 def test_a_request_is_settled_for_itself(prompt: str) -> None:
-    statuses = {"refused": 400, "too large": 413, "odd": 422, "worse": 500}
+    statuses = {"refused": 400, "moderated": 403, "too large": 413, "odd": 422, "worse": 500}
 
     def respond(body: dict[str, Any]) -> Reply:
         return Reply("words", status=statuses.get(prompt_of(body), 200))
@@ -157,17 +159,49 @@ def test_what_fails_is_asked_again() -> None:
         ("500 always", 3, "HTTP 500: words"),
         ("cut always", 3, "the connection broke: ServerDisconnectedError"),
         ("abort always", 3, "the answer ended with abort"),
-        ("hang always", 2, "no answer within 0.2 s"),
+        ("hang always", 3, "no answer within 0.4 s"),
     ],
 )
 def test_what_always_fails_is_given_up(prompt: str, attempts: int, detail: str) -> None:
     """Also when nothing else is asked that would show that the server works."""
     respond = Unreliable()
-    with asking(respond, request_timeout_s=0.2) as engine:
+    with asking(respond, request_timeout_s=0.1 if prompt == "hang always" else 60) as engine:
         (answer,) = engine.answers(requests(prompt))
     assert (answer.ending, respond.asked[prompt]) == (Ending.FAILED, attempts)
     assert answer.detail.startswith(detail)
     assert answer.detail.endswith(f"(attempt {attempts})")
+
+
+def test_a_slow_server_gets_more_time() -> None:
+    """Twice as much after the first timeout, four times as much after the second."""
+    asked = Counter[str]()
+
+    def respond(body: dict[str, Any]) -> Reply:
+        if body["max_tokens"] > 1:
+            asked[prompt_of(body)] += 1
+            time.sleep(float(prompt_of(body)))
+        return Reply("well")
+
+    with asking(respond, request_timeout_s=0.3) as engine:
+        found = endings(engine.answers(requests("0", "0.45", "0.9")))
+    assert list(found.values()) == [Ending.STOP] * 3
+    assert asked == {"0": 1, "0.45": 2, "0.9": 3}
+
+
+def test_answers_to_others_show_that_a_slow_server_works() -> None:
+    """Also when the control question is not answered in time, as it is the last in a long queue."""
+
+    def respond(body: dict[str, Any]) -> Reply:
+        if body["max_tokens"] == 1:
+            time.sleep(0.5)
+        if prompt_of(body) == "hang":
+            time.sleep(0.3)
+        time.sleep(0.1)
+        return Reply("well")
+
+    with asking(respond, request_timeout_s=0.2, max_in_flight=4, patience_s=0.7) as engine:
+        found = endings(engine.answers(requests("hang", *["quick"] * 40)))
+    assert list(found.values()) == [Ending.STOP] * 41
 
 
 def test_a_request_that_is_turned_away_for_ever_is_given_up() -> None:
@@ -229,7 +263,110 @@ def test_a_server_that_is_gone_is_an_error(monkeypatch: pytest.MonkeyPatch) -> N
     engine.close()
 
 
-@pytest.mark.parametrize("status", [401, 403, 404, 409])
+def test_one_refusal_is_the_requests_own() -> None:
+    """A server that has answered a request that it was sent later is not asked again."""
+    controls = []
+
+    def respond(body: dict[str, Any]) -> Reply:
+        if body["max_tokens"] == 1:
+            controls.append(prompt_of(body))
+        if prompt_of(body) == "bad":
+            return Reply("the picture is not appropriate", status=403)
+        return echo(body)
+
+    with asking(respond, max_in_flight=1) as engine:
+        found = endings(engine.answers(requests("good", "bad", "good", "bad")))
+    assert list(found.values()) == [Ending.STOP, Ending.NOT_TAKEN] * 2
+    assert controls == ["good", "good"]
+
+
+@pytest.mark.parametrize("answered", [0, 20])
+def test_a_server_that_begins_to_refuse_all_is_an_error(answered: int) -> None:
+    asked = []
+
+    def respond(body: dict[str, Any]) -> Reply:
+        asked.append(prompt_of(body))
+        return echo(body) if len(asked) <= answered else Reply("budget exceeded", status=400)
+
+    found = []
+    with (
+        asking(respond, max_in_flight=4) as engine,
+        pytest.raises(
+            EvenmixError,
+            match=r"answers HTTP 400: budget exceeded; .* Nothing that was published is lost",
+        ),
+    ):
+        for answer in engine.answers(requests(*(f"p{n}" for n in range(400)))):
+            found.append(answer.ending)
+    assert found == [Ending.STOP] * answered
+    assert len(asked) < answered + 10
+
+
+def test_a_refusal_during_an_outage_waits_for_its_end() -> None:
+    began = time.monotonic()
+
+    def respond(body: dict[str, Any]) -> Reply:
+        if prompt_of(body) == "bad":
+            return Reply("words", status=403)
+        return echo(body) if time.monotonic() - began > 0.5 else Reply("words", status=500)
+
+    with asking(respond) as engine:
+        found = endings(engine.answers(requests("bad", "good")))
+    assert list(found.values()) == [Ending.NOT_TAKEN, Ending.STOP]
+    assert time.monotonic() - began > 0.5
+
+
+def test_an_outage_is_told_once_and_so_is_its_end(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(conversation, "NEWS_AFTER_S", 0.2)
+    failing = [(0.1, 0.2), (0.4, 1.2), (1.4, 2.0)]  # the first is too short to be news
+    began = time.monotonic()
+
+    def respond(body: dict[str, Any]) -> Reply:
+        now_s = time.monotonic() - began
+        if any(start_s < now_s < end_s for start_s, end_s in failing):
+            return Reply("no memory", status=500)
+        time.sleep(0.02)
+        return echo(body)
+
+    with asking(respond, max_in_flight=4) as engine:
+        for answer in engine.answers(requests(*(f"p{n}" for n in range(400)))):
+            assert answer.ending is Ending.STOP
+            if time.monotonic() - began > 2.3:
+                break
+        name = engine._config.endpoint
+    down, up = f"{name} does not work now: HTTP 500: no memory", f"{name} works again"
+    assert [record.getMessage() for record in caplog.records] == [down, up, down, up]
+
+
+def test_a_key_is_in_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    """aiohttp's errors may hold the headers of the request that they are about."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def talk_nonsense() -> None:
+            while True:
+                try:
+                    connection, _ = listening.accept()
+                except OSError:
+                    return
+                with connection:
+                    connection.recv(1 << 16)
+                    connection.sendall(b"HTTP/1.1 \x1b[2J nonsense\r\n\r\n")
+
+        thread = threading.Thread(target=talk_nonsense)
+        thread.start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+        with pytest.raises(EvenmixError, match=r"does not list its models \(.*broke: ") as caught:
+            Engine(EngineConfig("tiny", endpoint=url)).start()
+        listening.shutdown(socket.SHUT_RDWR)
+        thread.join()
+    assert "sk-secret" not in str(caught.value)
+    assert "\x1b" not in str(caught.value)
+
+
+@pytest.mark.parametrize("status", [401, 404, 409])
 def test_what_is_wrong_with_all_requests_is_an_error(status: int) -> None:
     def respond(body: dict[str, Any]) -> Reply:
         return Reply("who are you", status=status) if prompt_of(body) == "bad" else echo(body)
@@ -483,8 +620,11 @@ def test_what_fits_is_asked_with_one_token() -> None:
     ],
 )
 def test_what_does_not_fit_is_an_error(reply: Reply, message: str) -> None:
+    def respond(body: dict[str, Any]) -> Reply:
+        return reply if prompt_of(body) == "Describe." else echo(body)
+
     with (
-        asking(lambda _: reply, max_model_len=1000) as engine,
+        asking(respond, max_model_len=1000) as engine,
         pytest.raises(EvenmixError) as caught,
     ):
         engine.check_fits(Request("a", "Describe.", 0, PICTURE))
@@ -509,7 +649,10 @@ def test_what_is_never_answered_does_not_fit() -> None:
         ("tiny", lambda url: url.replace("/v1", "/v2"), "HTTP 404: not found; check the endpoint"),
         ("tiny", lambda url: "http://127.0.0.1:9/v1", r"does not list its models \(no connection"),
         ("tiny", lambda url: "127.0.0.1:8000", "is no URL such as"),
-        ("tiny", lambda url: url + "?key=1", "is no URL such as"),
+        ("tiny", lambda url: "http://[::1", "is no URL such as"),
+        ("tiny", lambda url: "http://host:port/v1", "is no URL such as"),
+        ("tiny", lambda url: url + "?api_key=secret", "give the key as OPENAI_API_KEY"),
+        ("tiny", lambda url: "me:secret@host/v1", "give the key as OPENAI_API_KEY"),
         ("tiny", lambda url: url.replace("//", "//me:secret@"), "give the key as OPENAI_API_KEY"),
     ],
 )
@@ -591,6 +734,8 @@ def mortal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
         engine.close()
         meeting = server.meeting_folder(str(tmp_path), {})
         assert eventually(lambda: not keeper.marked_processes(meeting))
+        with (meeting / "lock").open() as lock:  # the keeper ends after its server
+            assert eventually(lambda: keeper.nobody_uses(lock.fileno()))
 
 
 def test_a_request_that_kills_the_server_takes_no_other_with_it(

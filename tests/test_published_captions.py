@@ -11,7 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from captioning.published import files
 from captioning.published import job as published
+from captioning.published.join import PartPublished
 from pipeline import storage
 from pipeline.beam_job import RunnerOptions
 from pipeline.errors import EvenmixError
@@ -178,8 +180,8 @@ def test_each_picture_says_what_became_of_it(tmp_path: Path) -> None:
         "k2": [(missing, None, "identifier indoor_1 stands for several pictures")],
         "k3": [(missing, None, "none is published for identifier not there")],
         "k4": [
-            (missing, None, "published caption 1 is empty or no UTF-8"),
-            (missing, None, "published caption 2 is empty or no UTF-8"),
+            (missing, None, "published caption 1 is empty, no UTF-8, or too long"),
+            (missing, None, "published caption 2 is empty, no UTF-8, or too long"),
         ],
         "k5": [("ok", "One.", None), ("ok", "Two.\n", None)],
     }
@@ -234,7 +236,7 @@ def test_any_order_and_size_gives_the_plain_join(
         source / "d", parquet(rows[:20]), parquet(rows[20:80], 30), parquet(rows[80:], 3)
     )
     found = []
-    for part_bytes, shards_per_group in ((1 << 30, 512), (1500, 2)):
+    for part_bytes, shards_per_group in ((1 << 30, 512), (40_000, 2)):
         root = tmp_path / f"corpus-{part_bytes}"
         monkeypatch.setattr(published, "PART_BYTES", part_bytes)
         monkeypatch.setattr(published, "_SHARDS_PER_GROUP", shards_per_group)
@@ -329,10 +331,115 @@ def test_bad_text_is_an_outcome(tmp_path: Path) -> None:
     write_published(source / "d", sink.getvalue())
     write(recipe_of(root, ["d"], source=str(source)))
     assert captions(root, "d") == {
-        "k0": [("source_missing", None, "published caption 1 is empty or no UTF-8")],
+        "k0": [("source_missing", None, "published caption 1 is empty, no UTF-8, or too long")],
         "k1": [("ok", "good", None)],
     }
     assert counts(root, "exchange/theirs/published") == Counts(3, 2, {"no_key": 1})
+
+
+def shared(text: str, num_rows: int, **options: Any) -> bytes:
+    """Return a file whose rows have one caption in common: from a dictionary, by default."""
+    sink = io.BytesIO()
+    table = pa.table({"key": [str(row) for row in range(num_rows)], "caption1": [text] * num_rows})
+    pq.write_table(table, sink, **options)
+    return sink.getvalue()
+
+
+def test_what_is_too_long_is_an_outcome(tmp_path: Path) -> None:
+    root, source = tmp_path / "corpus", tmp_path / "c"
+    write_indexes(root, {"d": {"a": [picture("k0", "0"), picture("k1", "1")]}})
+    longest = "é" * (files.MAX_TEXT_BYTES // 2)
+    longer = f"{longest}."
+    rows: list[Row] = [("0", [longest, longer]), (longest, ["a", "b"]), (longer, ["a", "b"])]
+    write_published(source / "d", parquet(rows))
+    write(recipe_of(root, ["d"], source=str(source)))
+    assert captions(root, "d")["k0"] == [
+        ("ok", longest, None),
+        ("source_missing", None, "published caption 2 is empty, no UTF-8, or too long"),
+    ]
+    assert counts(root, "exchange/theirs/published") == Counts(3, 2, {"no_key": 1})
+
+
+def test_a_text_that_rows_share_is_not_read_for_all_of_them_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The footer speaks of 1 MB where the rows would have 100 MB."""
+    root, source = tmp_path / "corpus", tmp_path / "c"
+    write_indexes(root, {"d": {"a": [picture("k0", "0")]}})
+    data = shared("x" * (1 << 20), 100, dictionary_pagesize_limit=2 << 20)
+    assert len(data) < 2 << 20
+    write_published(source / "d", data)
+    monkeypatch.setattr(files, "_READ_BYTES", 8 << 20)
+    texts, sizes = files._texts, list[int]()
+
+    def noting(column: pa.Array) -> pa.LargeBinaryArray:
+        sizes.append(column.nbytes)
+        return texts(column)
+
+    monkeypatch.setattr(files, "_texts", noting)
+    write(recipe_of(root, ["d"], source=str(source)))
+    assert 1 << 20 < max(sizes) <= 8 << 20
+    assert sum(sizes) > 100 << 20
+    assert captions(root, "d") == {
+        "k0": [("source_missing", None, "published caption 1 is empty, no UTF-8, or too long")]
+    }
+    assert counts(root, "exchange/theirs/joined") == Counts(100, 1, {"no_picture": 99})
+
+
+def test_far_more_text_than_the_footer_says_is_refused(tmp_path: Path) -> None:
+    """Ranges and parts are as large as footers say, so memory is bounded by what they hide."""
+    root, source = tmp_path / "corpus", tmp_path / "c"
+    write_indexes(root, {"d": {"a": [picture("k0", "0")]}})
+    text = "x" * files.MAX_TEXT_BYTES
+    write_published(source / "d", shared(text, 200))
+    with pytest.raises(EvenmixError, match=r"train-00000\.parquet has far more text behind row 0"):
+        write(recipe_of(root, ["d"], source=str(source)))
+    # The remedy that is named.
+    (source / "d" / "train-00000.parquet").write_bytes(shared(text, 200, use_dictionary=False))
+    write(recipe_of(root, ["d"], source=str(source)))
+    assert captions(root, "d") == {"k0": [("ok", text, None)]}
+
+
+def test_nothing_is_read_for_pictures_without_identifiers(
+    tmp_path: Path, stages_run: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, source = tmp_path / "corpus", tmp_path / "c"
+    write_indexes(root, {"d": {"a": [picture("k0", "0")]}, "m": {"a": [picture("k1", None)]}})
+    for dataset in "dm":
+        write_published(source / dataset, parquet([("0", ["x"])]))
+    recipe = recipe_of(root, ["d", "m"], source=str(source))
+    write(recipe)
+    processed = [item for item in stages_run if " m/" in item]
+    assert processed == ["caption-pictures m/00000", "caption m/a"]
+    assert captions(root, "d") == {"k0": [("ok", "x", None)]}
+    unknown = "its identifier in the published captions is not known"
+    assert captions(root, "m") == {"k1": [("source_missing", None, unknown)]}
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "m not read no picture has an 1 source_missing 1 (of" in printed
+    assert verify(str(root), deep=False)[1] == []
+    stages_run.clear()
+    write(recipe)
+    assert stages_run == []
+    # With such a dataset alone there is nothing to exchange at all.
+    other = tmp_path / "other"
+    write_indexes(other, {"m": {"a": [picture("k1", None)]}})
+    write(recipe_of(other, ["m"], source=str(source)))
+    assert stages_run == processed
+
+
+def test_the_report_takes_no_orders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "corpus"
+    write_indexes(root, {"d": {"a": [picture("k0", "0")]}})
+    write_published(tmp_path / "c" / "d", parquet([("0", ["x"]), ("1", ["y"])]))
+    recipe = recipe_of(root, ["d"], source=str(tmp_path / "c"))
+    write(recipe)
+    summary = root / "exchange/theirs/joined/d/stage.json"
+    summary.write_text(summary.read_text().replace("no_picture", "[red]\\u001b[2J"))
+    capsys.readouterr()
+    write(recipe)
+    printed = capsys.readouterr().err
+    assert "[red]\ufffd[2J 1" in printed
+    assert "\x1b" not in printed
 
 
 def test_keys_may_be_numbers_and_captions_are_in_numeric_order(tmp_path: Path) -> None:
@@ -441,6 +548,27 @@ def test_the_commit_on_the_hub_is_recorded_and_kept(tmp_path: Path, hub: Hub) ->
     write_indexes(root, {"d": {"a.r1": [picture("k1", "1")]}})
     write(recipe)
     assert captions(root, "d")["k1"] == [("ok", "y", None)]
+
+
+def test_a_set_that_was_cut_short_goes_on_with_its_commit(
+    tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "corpus"
+    write_indexes(root, {"d": {"a": [picture("k0", "0")]}})
+    began = {"d/train-00000.parquet": parquet([("0", ["x"])])}
+    hub.repositories["someone/captions"] = Repository({HEAD: began})
+    recipe = recipe_of(root, ["d"], source="hf://datasets/someone/captions")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+
+        def interrupt(stage: Stage, item: WorkItem) -> Output:
+            raise KeyboardInterrupt
+
+        patch.setattr(PartPublished, "process", interrupt)
+        write(recipe)
+    moved = {"d/train-00000.parquet": parquet([("0", ["other"])])}
+    hub.repositories["someone/captions"] = Repository({LATER: moved, HEAD: began})
+    write(recipe)
+    assert captions(root, "d") == {"k0": [("ok", "x", None)]}
 
 
 def test_the_stages_run_with_beam(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Short prompts become long ones, and those that do not say why and stay as they are."""
 # ruff: noqa: RUF001  # quotation marks of many languages
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -17,8 +18,10 @@ from captioning.engine import conversation
 from captioning.engine.questions import Answer, Ending
 from captioning.rewriting.answers import RewriteOutcome, Rewriting, judge
 from captioning.rewriting.command import META_PROMPT
+from captioning.rewriting.journal import Journal
 from captioning.rewriting.quotations import quoted_texts
 from pipeline.cli import main
+from pipeline.errors import EvenmixError
 from tests.chat_server import ChatServer, Reply, prompt_of
 
 LONG = (
@@ -220,6 +223,7 @@ def test_endings_of_the_engine_are_outcomes() -> None:
     assert outcome(Ending.LENGTH, "cube " * 200) == (RewriteOutcome.REPEATING, "")
     assert outcome(Ending.NOT_TAKEN, "", "too long") == (RewriteOutcome.NOT_TAKEN, "too long")
     assert outcome(Ending.FAILED, "", "it died") == (RewriteOutcome.ENGINE_FAILED, "it died")
+    assert outcome(Ending.WITHHELD, LONG) == (RewriteOutcome.REFUSED, "")
 
 
 def test_a_rewriting_is_no_shorter_than_a_short_prompt() -> None:
@@ -342,6 +346,14 @@ def test_lines_of_text_are_prompts(tmp_path: Path) -> None:
     assert [row["prompt"] for row in _read(output)] == ["a red cube", "{a blue sphere}"]
 
 
+def test_prompts_should_be_utf_8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_bytes("café".encode("latin-1"))
+    with ChatServer(lambda body: Reply(LONG)) as server:
+        assert _rewrite(server, prompts, tmp_path / "long.jsonl") == 1
+    assert f"{prompts} is not UTF-8" in capsys.readouterr().err
+
+
 def _run_in_child(server_url: str, prompts: Path, output: Path) -> None:
     command = ["rewrite", str(prompts), f"--output={output}", "--model=tiny"]
     main([*command, f"--endpoint={server_url}"])
@@ -409,6 +421,86 @@ def test_a_killed_run_goes_on_where_it_was(
         assert (output.read_bytes(), server.bodies) == (before, [])
 
 
+@pytest.mark.parametrize(
+    "data",
+    [b"notes", b"first line\nsecond", b'["settings"]\nx', b'{"settings": 1}\nx', b"\xff\n\n", b"{"],
+)
+def test_another_file_with_the_name_of_the_journal_stays_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], data: bytes
+) -> None:
+    prompts = _write(tmp_path / "prompts.txt", "a red cube")
+    output, journal = tmp_path / "long.jsonl", tmp_path / "long.jsonl.partial"
+    journal.write_bytes(data)
+    with ChatServer(lambda body: Reply(LONG)) as server:
+        assert _rewrite(server, prompts, output) == (0 if data == b"{" else 1)
+    message = f"{journal} is where answers would be kept, but it is another file; name another"
+    if data == b"{":  # a kill may have left that of the first line
+        assert not journal.exists()
+    else:
+        assert journal.read_bytes() == data
+        assert message in capsys.readouterr().err
+
+
+def test_a_damaged_journal_stays_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    Journal(path, {"seed": 1}).close()
+    data = path.read_bytes() + b'{"number": 1}\n{"numb'
+    path.write_bytes(data)
+    with pytest.raises(EvenmixError, match=r"is damaged .* remove it, and its results are made"):
+        Journal(path, {"seed": 1})
+    assert path.read_bytes() == data
+
+
+def test_a_journal_that_is_removed_as_another_opens_it_is_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "journal"
+    first = Journal(path, {"seed": 1})
+    first.keep(0, {"outcome": "ok"})
+    flock, num_locks = fcntl.flock, 0
+
+    def after_the_first_has_ended(file: Any, operation: int) -> None:
+        nonlocal num_locks
+        num_locks += 1
+        if num_locks == 1:
+            first.remove()
+            first.close()
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", after_the_first_has_ended)
+    second = Journal(path, {"seed": 1})
+    assert (num_locks, second.results) == (2, {})
+    second.keep(3, {"outcome": "ok"})
+    with pytest.raises(EvenmixError, match="another process writes"):
+        Journal(path, {"seed": 1})
+    second.close()
+    third = Journal(path, {"seed": 1})
+    assert third.results == {3: {"outcome": "ok"}}
+    third.close()
+
+
+def test_what_another_process_has_just_finished_is_not_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = _write(tmp_path / "prompts.txt", "a red cube")
+    output = tmp_path / "long.jsonl"
+    flock = fcntl.flock
+
+    def after_the_other_has_ended(file: Any, operation: int) -> None:
+        if not output.exists():
+            output.write_text("the other's")
+            (tmp_path / "long.jsonl.partial").unlink()
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", after_the_other_has_ended)
+    with ChatServer(lambda body: Reply(LONG)) as server:
+        assert _rewrite(server, prompts, output) == 1
+        assert server.bodies == []
+    assert f"{output} exists already" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == [output, prompts]
+    assert output.read_text() == "the other's"
+
+
 def test_what_the_engine_failed_at_is_asked_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -446,6 +538,8 @@ def test_what_the_engine_failed_at_is_asked_again(
         ("p.txt", ["", "  "], "p.txt has no prompts; write one a line"),
         ("p.jsonl", [{"prompt": "x"}, "{"], "p.jsonl, line 2 is not JSON"),
         ("p.jsonl", ['{"prompt": "\\ud800"}'], "p.jsonl, line 1 is not JSON"),
+        ("p.jsonl", ['{"prompt": "x", "n": NaN}'], "p.jsonl, line 1 is not JSON"),
+        ("p.jsonl", ["[" * 100_000], "p.jsonl, line 1 is not JSON"),
         ("p.jsonl", [{"text": "x"}], 'p.jsonl, line 1 should be an object such as {"prompt"'),
         ("p.jsonl", ["", {"prompt": " "}], "p.jsonl, line 2 should be an object"),
         ("p.jsonl", [["x"]], "p.jsonl, line 1 should be an object"),
@@ -469,6 +563,7 @@ def test_mistakes_in_the_prompts_stop_before_any_work(
         (["--arguments=max_model_len"], "--arguments max_model_len is not JSON"),
         (["--arguments=[1]"], "--arguments [1] is no object such as"),
         (["--meta-prompt=absent.txt"], "cannot read absent.txt"),
+        (["--output=gs://bucket/long.jsonl"], "--output gs://bucket/long.jsonl should be a local"),
     ],
 )
 def test_mistakes_in_the_options_stop_before_any_work(

@@ -10,26 +10,31 @@ import base64
 import struct
 import zlib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from pydantic_core import to_json
 
 from captioning.engine.questions import Ending, Request, Sampling
 from pipeline.errors import EvenmixError
 from pipeline.images import Pixels
+from pipeline.printable import printable
 
 MAX_RETRY_AFTER_S = 60.0
 
-_NOT_TAKEN = {400, 413, 422}
+_AT_TOKEN_LIMIT = {"length", "max_tokens", "model_length"}
+_WITHHELD = {"content_filter"}
+_BROKEN_OFF = {None, "abort", "error"}
+_NOT_TAKEN = {400, 403, 413, 422}
 _BUSY = {408, 425, 429, 503}
 _BAD_GATEWAY = 502
 _MAX_WORDS_CHARS = 500
+_MAX_TOKENS = 2**31 - 1  # as a caption set has them
 
 
 class NotTakenError(Exception):
-    """The server does not take this request, and would not if it were sent again."""
+    """The server does not take this request; perhaps it takes none."""
 
 
 class Trouble(Exception):
@@ -65,16 +70,19 @@ class _Choice(BaseModel):
     finish_reason: str | None = None
 
 
+_Count = Annotated[int, Field(ge=0, le=_MAX_TOKENS), BeforeValidator(lambda count: count or 0)]
+
+
 class _Usage(BaseModel):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    prompt_tokens: _Count = 0
+    completion_tokens: _Count = 0
 
 
 class Completion(BaseModel):
-    """An answer as the server gives it."""
+    """An answer as the server gives it; one that does not count tokens has 0 of them."""
 
     choices: list[_Choice] = Field(min_length=1)
-    usage: _Usage = _Usage()
+    usage: Annotated[_Usage, BeforeValidator(lambda usage: usage or _Usage())] = _Usage()
 
     @property
     def text(self) -> str:
@@ -82,9 +90,12 @@ class Completion(BaseModel):
         return (self.choices[0].message.content or "").strip()
 
     @property
-    def ending(self) -> Literal[Ending.STOP, Ending.LENGTH]:
-        """How it ended."""
-        return Ending.LENGTH if self.choices[0].finish_reason == "length" else Ending.STOP
+    def ending(self) -> Ending:
+        """How it ended; servers have many words for a model that was done."""
+        reason = self.choices[0].finish_reason
+        if reason in _AT_TOKEN_LIMIT:
+            return Ending.LENGTH
+        return Ending.WITHHELD if reason in _WITHHELD else Ending.STOP
 
 
 class _Served(BaseModel):
@@ -162,8 +173,8 @@ def _png(picture: Pixels) -> bytes:
     )
 
 
-def read_completion(body: bytes) -> Completion:
-    """Read an answer.
+def read_completion(body: bytes, max_chars: int) -> Completion:
+    """Read an answer, which cannot have more than ``max_chars`` characters.
 
     Raises:
         Trouble: it is none, or was broken off.
@@ -174,8 +185,10 @@ def read_completion(body: bytes) -> Completion:
         problem = error.errors()[0]
         raise Trouble(f"the answer is no chat completion: {problem['msg']}") from error
     reason = completion.choices[0].finish_reason
-    if reason not in ("stop", "length"):
+    if reason in _BROKEN_OFF:
         raise Trouble(f"the answer ended with {reason}")
+    if len(completion.text) > max_chars:
+        raise Trouble(f"the answer has more than the {max_chars:,} characters that were asked for")
     return completion
 
 
@@ -183,7 +196,7 @@ def check_status(status: int, retry_after: str | None, body: bytes) -> None:
     """Return if the server says 200; ``retry_after`` is the header of that name.
 
     Raises:
-        NotTakenError: it does not take this request.
+        NotTakenError: it does not take this request, and perhaps no other.
         Trouble: it may answer if asked again.
         EvenmixError: it would say this of every request.
     """
@@ -198,9 +211,15 @@ def check_status(status: int, retry_after: str | None, body: bytes) -> None:
         raise CutOff(detail)  # by the server behind it
     if status >= 500:
         raise Trouble(detail)
-    raise EvenmixError(
+    raise refusal_of_all(detail)
+
+
+def refusal_of_all(detail: str) -> EvenmixError:
+    """Return the error of a server that refuses whatever it is asked."""
+    return EvenmixError(
         f"the model's server answers {detail}; check the endpoint, which mostly ends with /v1, the "
-        "model's name, and OPENAI_API_KEY"
+        "model's name, and OPENAI_API_KEY. Nothing that was published is lost: start the same "
+        "command again when it works."
     )
 
 
@@ -210,7 +229,12 @@ def _words(body: bytes) -> str:
         words = _Refusal.model_validate_json(body).error.message
     except ValidationError:
         words = body.decode(errors="replace")
-    return " ".join(words.split())[:_MAX_WORDS_CHARS]
+    return one_line(words)
+
+
+def one_line(words: str) -> str:
+    """Return a stranger's words on one line, without what could take over a terminal."""
+    return printable(" ".join(words.split())[:_MAX_WORDS_CHARS])
 
 
 def _retry_after_s(header: str | None) -> float:

@@ -161,18 +161,25 @@ def _start(config: EngineConfig) -> _Running:
 
 
 def _place(endpoint: str, model: str) -> Place:
-    parts = urlsplit(endpoint)
-    if parts.username is not None or parts.password is not None:
+    if not {"@", "?", "#"}.isdisjoint(endpoint):
         raise EvenmixError(
-            "the endpoint's URL has a user name or password in it; remove it, and give the key as "
-            "OPENAI_API_KEY in the environment"
+            "the endpoint's URL has a user name, a password or a query in it; remove it, and give "
+            "the key as OPENAI_API_KEY in the environment"
         )
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+    if not _is_url(endpoint):
         raise EvenmixError(
             f"the endpoint {endpoint} is no URL such as http://host:8000/v1; correct it"
         )
     url = endpoint.rstrip("/")
     return Place(url, url, model, key=os.environ.get("OPENAI_API_KEY") or None)
+
+
+def _is_url(endpoint: str) -> bool:
+    try:
+        parts = urlsplit(endpoint)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets that do not match, or a port that is no number
+        return False
 
 
 @contextmanager

@@ -16,10 +16,11 @@ from captioning.engine.chat import (
     Trouble,
     Unreachable,
     check_status,
+    one_line,
     read_completion,
 )
 
-_MAX_RESPONSE_BYTES = 16 << 20
+_MAX_RESPONSE_BYTES = 4 << 20
 _CONNECT_TIMEOUT_S = 30.0
 # Less than the 5 s for which vLLM keeps an idle connection: a request on a connection that is being
 # closed would look like one that killed the server.
@@ -47,15 +48,16 @@ class Connection:
         self.place = place
         self._session = session
 
-    async def complete(self, body: bytes, timeout_s: float) -> Completion:
-        """Send one request for a chat completion.
+    async def complete(self, body: bytes, timeout_s: float, max_chars: int) -> Completion:
+        """Send one request for a chat completion, of ``max_chars`` characters at most.
 
         Raises:
-            NotTakenError: the server does not take it.
+            NotTakenError: the server does not take it, and perhaps no other.
             Trouble: there is no answer.
             EvenmixError: the server refuses every request.
         """
-        return read_completion(await self._exchange("POST", "/chat/completions", body, timeout_s))
+        answer = await self._exchange("POST", "/chat/completions", body, timeout_s)
+        return read_completion(answer, max_chars)
 
     async def models(self, timeout_s: float) -> bytes:
         """Ask for the list of the models; raises what :meth:`complete` raises."""
@@ -76,7 +78,9 @@ class Connection:
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             raise Unreachable(f"no connection: {error}") from error
         except aiohttp.ClientError as error:
-            raise CutOff(f"the connection broke: {error!r}") from error
+            # Not its repr(), which may have our headers, and so the key.
+            what = one_line(f"{type(error).__name__}: {error}")
+            raise CutOff(f"the connection broke: {what}") from error
         except TimeoutError as error:
             raise TimedOut(f"no answer within {timeout_s:g} s") from error
         check_status(response.status, response.headers.get("Retry-After"), content)

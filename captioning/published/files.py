@@ -5,13 +5,14 @@ captions, as many as there are; other columns are not read.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import PurePosixPath
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import hub, storage
@@ -21,9 +22,20 @@ from pipeline.storage import FileInfo
 
 KEY = "key"
 
+MAX_TEXT_BYTES = 64 << 10
+"""A longer caption, or identifier, counts as none: that is 20,000 letters of most scripts."""
+
 _CAPTION = re.compile(r"caption(\d+)")
 _BATCH_ROWS = 1024
+_READ_BYTES = 512 << 20
+_ROW_BYTES = 2048
+_MAX_EXPANSION = 3
+"""How often longer texts may be than a footer says, which counts those of a dictionary once."""
+
 _CONCURRENT_REQUESTS = 16
+
+Row = tuple[str | None, list[str | None]]
+"""A picture's identifier, and its captions."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +48,7 @@ class PublishedFile:
 
     @property
     def num_bytes(self) -> int:
-        """The bytes of identifiers and captions when they are decompressed."""
+        """The bytes of identifiers and captions, by the footer; see :func:`_num_bytes`."""
         return sum(group.num_bytes for group in self.row_groups)
 
 
@@ -54,7 +66,7 @@ class Subset:
 
     @property
     def num_bytes(self) -> int:
-        """The bytes of all files when they are decompressed."""
+        """The bytes of all files."""
         return sum(file.num_bytes for file in self.files)
 
 
@@ -109,45 +121,70 @@ def _open(file: FileInfo) -> PublishedFile:
                 "another source or subset"
             )
     captions.sort(key=lambda name: (int(name.removeprefix("caption")), name))
-    return PublishedFile(file, captions, _row_groups(metadata, {KEY, *captions}))
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    return PublishedFile(
+        file,
+        captions,
+        [RowGroup(group.num_rows, _num_bytes(group, {KEY, *captions})) for group in groups],
+    )
 
 
 def _is_text(column: pa.DataType) -> bool:
     return column in (pa.string(), pa.large_string())
 
 
-def _row_groups(metadata: pq.FileMetaData, columns: set[str]) -> list[RowGroup]:
-    found = []
-    for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        chunks = map(group.column, range(group.num_columns))
-        wanted = [chunk for chunk in chunks if chunk.path_in_schema in columns]
-        found.append(RowGroup(group.num_rows, sum(c.total_uncompressed_size for c in wanted)))
-    return found
+def _num_bytes(group: pq.RowGroupMetaData, columns: Collection[str]) -> int:
+    """Return the bytes of some columns, by the footer; a row counts as 2 KB at least."""
+    chunks = map(group.column, range(group.num_columns))
+    sizes = (chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema in columns)
+    num_bytes: int = max(sum(sizes), group.num_rows * _ROW_BYTES)
+    return num_bytes
 
 
 def read_rows(
     url: str, num_bytes: int, captions: Sequence[str], start: int, stop: int
-) -> Iterator[list[tuple[str | None, list[str | None]]]]:
-    """Yield identifier and captions of the rows from ``start`` to ``stop``, some at a time.
+) -> Iterator[list[Row]]:
+    """Yield the rows from ``start`` to ``stop``, some at a time.
 
-    What is null or no UTF-8 is None.
+    What is null, no UTF-8 or longer than MAX_TEXT_BYTES is None. If the footer does not lie, a
+    batch of what the file has takes 512 MB at most, and all texts together three times that.
 
     Raises:
-        EvenmixError: the file is damaged.
+        EvenmixError: the file is damaged, or has far more text than its footer says.
     """
+    columns = [KEY, *captions]
+    rows = list[Row]()
+    text_bytes = footer_bytes = 0
     with storage.open_parquet(url, num_bytes) as file:
-        groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+        ends = accumulate((group.num_rows for group in groups), initial=0)
         try:
-            for group, (begin, end) in enumerate(pairwise(accumulate(groups, initial=0))):
+            for number, (begin, end) in enumerate(pairwise(ends)):
                 row = begin
                 if end <= start or begin >= stop:
                     continue
+                group_bytes = _num_bytes(groups[number], columns)
+                footer_bytes += group_bytes
+                # No text is longer than its group, and one in a dictionary may be that of all rows.
+                batch_rows = max(1, min(_BATCH_ROWS, _READ_BYTES // group_bytes))
                 # One group at a time: Arrow keeps what it has read ahead until the iterator ends.
-                columns = [KEY, *captions]
-                for batch in file.iter_batches(_BATCH_ROWS, [group], columns, use_threads=False):
+                for batch in file.iter_batches(batch_rows, [number], columns, use_threads=False):
                     first, last = max(start - row, 0), min(stop - row, batch.num_rows)
                     if first < last:
-                        yield _rows(batch.slice(first, last - first), captions)
+                        wanted = batch.slice(first, last - first).select(columns)
+                        texts = [_texts(column) for column in wanted]
+                        text_bytes += sum(column.nbytes for column in texts)
+                        if text_bytes > _MAX_EXPANSION * min(footer_bytes, _READ_BYTES):
+                            raise EvenmixError(
+                                f"{url} has far more text behind row {start} than its footer says "
+                                f"(more than {text_bytes:,} bytes); write the file anew without "
+                                "dictionaries (pyarrow: use_dictionary=False)"
+                            )
+                        keys, *others = (map(_decode, column.to_pylist()) for column in texts)
+                        rows += ((key, found) for key, *found in zip(keys, *others, strict=True))
+                    if len(rows) >= _BATCH_ROWS:
+                        yield rows
+                        rows = []
                     row += batch.num_rows
                     if row >= stop:
                         break
@@ -155,24 +192,20 @@ def read_rows(
             raise EvenmixError(
                 f"{url} is damaged behind row {start} ({error}); fetch the file again"
             ) from error
+    yield rows
 
 
-def _rows(
-    batch: pa.RecordBatch, captions: Sequence[str]
-) -> list[tuple[str | None, list[str | None]]]:
-    keys = _texts(batch[KEY])
-    columns = [_texts(batch[name]) for name in captions]
-    return [(key, list(texts)) for key, *texts in zip(keys, *columns, strict=True)]
-
-
-def _texts(column: pa.Array) -> list[str | None]:
+def _texts(column: pa.Array) -> pa.LargeBinaryArray:
+    """Return the texts of a column as bytes, null for those that are too long."""
     if pa.types.is_integer(column.type):
         column = column.cast(pa.string())
-    return [_text(value) for value in column.cast(pa.large_binary()).to_pylist()]
+    texts = column.cast(pa.large_binary())
+    too_long = pc.greater(pc.binary_length(texts), MAX_TEXT_BYTES)
+    return pc.replace_with_mask(texts, too_long, pa.scalar(None, texts.type))
 
 
-def _text(value: bytes | None) -> str | None:
+def _decode(text: bytes | None) -> str | None:
     try:
-        return None if value is None else value.decode()
+        return None if text is None else text.decode()
     except UnicodeDecodeError:
         return None

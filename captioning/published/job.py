@@ -11,6 +11,7 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from captioning.outcomes import CaptionOutcome
 from captioning.published.files import Subset, find_subset
@@ -33,6 +34,7 @@ from captioning.tables import caption_output
 from pipeline import storage
 from pipeline.beam_job import RunnerOptions
 from pipeline.errors import EvenmixError
+from pipeline.printable import printable
 from pipeline.progress import console, reasons_text
 from pipeline.readers.items import identities, states
 from pipeline.readers.rows import item_rows
@@ -52,8 +54,6 @@ from pipeline.summary import (
 
 _SHARDS_PER_GROUP = 512
 """The indexes of so many shards are read by one work item."""
-
-_RANGE_ROWS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,14 @@ class PublishedCaptioning:
 
     def process(self, item: WorkItem) -> Output:
         """Write the captions of one image shard."""
-        folder = dataset_url(self.root, exchange_folder(self.captions, GATHERED), item.dataset)
-        url = storage.join(folder, f"{item.payload['group']}.parquet")
-        published = read_gathered(url, item.payload["place"])
-        source = self.sources[item.dataset]
-        model = source.origin
         columns = ["key", "join_id", "join_ambiguous"]
         index = read_shard(self.root, IMAGES, item.dataset, item.shard, columns)
+        published = dict[str, list[str | None]]()
+        if index["join_id"].null_count < index.num_rows:  # else nothing was brought here
+            folder = dataset_url(self.root, exchange_folder(self.captions, GATHERED), item.dataset)
+            url = storage.join(folder, f"{item.payload['group']}.parquet")
+            published = read_gathered(url, item.payload["place"])
+        model = self.sources[item.dataset].origin
         return caption_output(
             [
                 {
@@ -121,7 +122,9 @@ def _captions(
     else:
         for number, text in enumerate(published[join_id], start=1):
             if text is None or not text.strip():
-                yield missing | {"detail": f"published caption {number} is empty or no UTF-8"}
+                yield missing | {
+                    "detail": f"published caption {number} is empty, no UTF-8, or too long"
+                }
             else:
                 yield {"text": text, "outcome": CaptionOutcome.OK}
 
@@ -198,7 +201,7 @@ def _revision_begun(root: str, captions: str, dataset: str) -> str | None:
 
     The head of a repository may have moved on since.
     """
-    for family in (f"captions/{captions}", exchange_folder(captions, PUBLISHED)):
+    for family in (f"captions/{captions}", exchange_folder(captions, PICTURES)):
         folder = dataset_url(root, family, dataset)
         shard = next(iter(committed_shards(folder)), None)
         if shard is not None:
@@ -210,7 +213,8 @@ def _revision_begun(root: str, captions: str, dataset: str) -> str | None:
 
 def _ranges(dataset: str, subset: Subset, files: Sequence[Mapping[str, Any]]) -> Iterator[WorkItem]:
     """Cut published files into ranges of rows, in order; ``files`` are their identities."""
-    limits = Images(records_per_shard=_RANGE_ROWS, bytes_per_shard=PART_BYTES)
+    # Each row has some bytes, so no more than so many rows.
+    limits = Images(records_per_shard=PART_BYTES, bytes_per_shard=PART_BYTES)
     cut = [
         (file, identity, rows)
         for file, identity in zip(subset.files, files, strict=True)
@@ -284,11 +288,19 @@ def _run_exchange(
     groups: Sequence[_Group],
     runner: RunnerOptions,
 ) -> None:
-    """Bring each published caption to the group of its picture's shard."""
+    """Bring each published caption to the group of its picture's shard.
+
+    Of a dataset none of whose pictures has an identifier, nothing is read.
+    """
     root, captions, sources = stage.root, stage.captions, stage.sources
-    published = run_stage(PartPublished(root, captions, sources), ranges, runner)
     parted = [group.pictures_item() for group in groups]
     pictures = run_stage(PartPictures(root, captions, sources), parted, runner)
+    known = {dataset for dataset, summary in pictures.items() if summary.counts.records_out}
+    if not known:
+        return
+    groups = [group for group in groups if group.dataset in known]
+    ranges = [item for item in ranges if item.dataset in known]
+    published = run_stage(PartPublished(root, captions, sources), ranges, runner)
     parts = [
         WorkItem(
             dataset,
@@ -339,21 +351,28 @@ def _print_report(root: str, captions: str, datasets: Sequence[str]) -> None:
     table.add_column("pictures", justify="right")
     table.add_column("without captions", overflow="fold")
     for dataset in datasets:
-        steps = [
+        rows, pictures, joined = (
             read_summary(root, exchange_folder(captions, step), dataset)
             for step in (PUBLISHED, PICTURES, JOINED)
-        ]
+        )
         written = read_summary(root, f"captions/{captions}", dataset)
-        if None in steps or written is None:
+        if pictures is None or written is None:
             # The exchange was removed when the set was finished, as it may be.
             return
-        rows, pictures, joined = (step.counts for step in steps if step is not None)
+        if not pictures.counts.records_out:
+            num_rows, not_joined = "not read", "no picture has an identifier"
+        elif rows and joined:
+            num_rows = f"{rows.counts.records_in:,}"
+            rejected = rows.counts.rejected | joined.counts.rejected
+            not_joined = reasons_text(Counts(rejected=rejected), "\n")
+        else:
+            return
         table.add_row(
             dataset,
-            f"{rows.records_in:,}",
-            reasons_text(Counts(rejected=rows.rejected | joined.rejected), "\n"),
+            num_rows,
+            Text(printable(not_joined)),
             f"{written.counts.records_in:,}",
-            _without_captions(written.counts, pictures),
+            Text(printable(_without_captions(written.counts, pictures.counts))),
         )
     console.print(table)
 

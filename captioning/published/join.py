@@ -19,6 +19,11 @@ million rows with about 2.1 KB of text: 200 GB, P = 400, three times 160,000 sli
 shards would take 400 times 194,000 reads of 2.6 KB. A map from identifiers to shards would spare an
 exchange, but take 1.2 GB of each worker process, and be built in one place.
 
+The sizes are those of the footers, which count a text once that a dictionary gives to many rows. So
+a row counts as 2 KB at least, and a range with more than three times the text is refused: at worst
+ranges and parts have 1.5 GB, below the 2 GB of an exchange's slice. Identifiers that repeat come to
+one part, where all but the first are passed over as they are read.
+
 A retry's pictures are a generation of their own. Its items have all published captions once more,
 and count those that no earlier generation had a picture for.
 """
@@ -64,7 +69,7 @@ class NotJoined(StrEnum):
     """Why a published caption, or a picture, is joined with nothing: a closed list."""
 
     NO_KEY = "no_key"
-    """A row of published captions without an identifier, or whose identifier is no UTF-8."""
+    """A row of published captions whose identifier is missing, no UTF-8, or too long."""
     REPEATED_KEY = "repeated_key"
     """An earlier row has the identifier: the first one by file and row counts."""
     NO_PICTURE = "no_picture"

@@ -69,6 +69,8 @@ def judge(prompt: str, answer: Answer, meta_prompt: str) -> Rewriting:
         return Rewriting(prompt, RewriteOutcome.NOT_TAKEN, answer.detail)
     if answer.ending is Ending.FAILED:
         return Rewriting(prompt, RewriteOutcome.ENGINE_FAILED, answer.detail)
+    if answer.ending is Ending.WITHHELD:
+        return Rewriting(prompt, RewriteOutcome.REFUSED, answer.detail)
     if text is None:
         return Rewriting(prompt, RewriteOutcome.THINKING)
     if is_empty(text):

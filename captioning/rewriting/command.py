@@ -7,6 +7,7 @@ where it was. The output appears, whole, when every prompt has its outcome.
 import argparse
 import hashlib
 import json
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from captioning.engine.arguments import check_arguments
 from captioning.engine.client import Engine
 from captioning.engine.models import resolve
 from captioning.engine.questions import Answer, EngineConfig, Request, Sampling
@@ -71,15 +73,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Rewrite the prompts of a file."""
+    # So that a server which starts, or does not work for a while, is heard of.
+    logging.getLogger("captioning").addHandler(logging.StreamHandler())
+    logging.getLogger("captioning").setLevel(logging.INFO)
+    if "://" in args.output:
+        raise EvenmixError(
+            f"--output {args.output} should be a local file; copy it when it is there"
+        )
     output = Path(args.output)
-    if output.exists():
-        raise EvenmixError(f"{output} exists already; name another output, or remove it first")
+    _require_free(output)
     records = read_records(Path(args.prompts))
     meta_prompt = _read_text(Path(args.meta_prompt)).strip()
     engine_arguments = _engine_arguments(args.arguments)
+    check_arguments(engine_arguments)
     model = resolve(args.model, args.revision, args.endpoint)
     config = EngineConfig(
-        model=model.name,
+        model=model.location,
         revision=model.hub_commit,
         arguments=engine_arguments,
         sampling=SAMPLING,
@@ -98,6 +107,9 @@ def run(args: argparse.Namespace) -> int:
         "prompts_sha256": _sha256(json.dumps(prompts)),
     }
     with closing(Journal(output.with_name(f"{output.name}.partial"), settings)) as journal:
+        if not journal.results and output.exists():
+            journal.remove()  # another process has just finished
+        _require_free(output)
         requests = [
             Request(str(number), prompt, _seed(args.seed, prompt), system=meta_prompt)
             for number, prompt in enumerate(prompts)
@@ -109,6 +121,11 @@ def run(args: argparse.Namespace) -> int:
         journal.remove()
     _print_counts(output, journal.results)
     return 0
+
+
+def _require_free(output: Path) -> None:
+    if output.exists():
+        raise EvenmixError(f"{output} exists already; name another output, or remove it first")
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -134,8 +151,9 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 def _record(place: str, line: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-        json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is no text
-    except ValueError as error:
+        # Half a surrogate pair is no text, and NaN no JSON.
+        json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError) as error:
         raise EvenmixError(f"{place} is not JSON: {error}") from error
     prompt = record.get("prompt") if isinstance(record, dict) else None
     if not isinstance(prompt, str) or not prompt.strip():
@@ -148,8 +166,10 @@ def _record(place: str, line: str) -> dict[str, Any]:
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise EvenmixError(f"cannot read {path}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise EvenmixError(f"{path} is not UTF-8 ({error}); convert it") from error
 
 
 def _engine_arguments(text: str) -> dict[str, Any]:
@@ -247,4 +267,4 @@ def _print_counts(output: Path, results: Mapping[int, Mapping[str, Any]]) -> Non
             used = "the rewriting" if outcome is RewriteOutcome.OK else "the prompt as it was"
             table.add_row(outcome, f"{counts[outcome]:,}", used)
     console.print(table)
-    console.print(f"rewrite: {output}", soft_wrap=True)
+    console.print(f"rewrite: {output}", soft_wrap=True, markup=False)

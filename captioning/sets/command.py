@@ -8,17 +8,19 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
 from captioning.outcomes import USABLE
 from captioning.sets.committed import CaptionSet, find_sets, made_with
-from captioning.sets.comparison import Compared, compare, facts, printable, said
+from captioning.sets.comparison import Compared, compare, facts, said
 from captioning.sets.page import comparison_page
 from captioning.sets.statistics import SetStatistics, mean, percentiles, read_statistics
 from pipeline import progress, storage
 from pipeline.errors import EvenmixError, did_you_mean
+from pipeline.printable import printable
 
 _PERCENTS = [5, 50, 95]
 _COUNT = 5
@@ -33,7 +35,7 @@ def statistics(root: str, captions: CaptionSet) -> SetStatistics:
     total = SetStatistics()
     for shard in track(
         read_statistics(root, captions),
-        description=captions.name,
+        description=escape(printable(captions.name)),
         total=sum(map(len, captions.shards.values())),
         console=progress.console,
         transient=True,
@@ -55,11 +57,11 @@ def sets_table(
     for name, captions in sets.items():
         of = numbers[name]
         table.add_row(
-            Text("\n".join([name, *map(printable, made_with(root, captions))])),
+            _text("\n".join([name, *made_with(root, captions)])),
             f"{len(captions.shards):,}",
             f"{of.pictures:,}",
             f"{of.outcomes.total():,}",
-            Text("\n".join(f"{outcome} {n:,}" for outcome, n in sorted(of.outcomes.items()))),
+            _text("\n".join(f"{outcome} {n:,}" for outcome, n in sorted(of.outcomes.items()))),
         )
     return table
 
@@ -75,9 +77,14 @@ def lengths_table(numbers: Mapping[str, SetStatistics]) -> Table:
     table.add_column("vocabulary", justify="right", no_wrap=True)
     for name, of in numbers.items():
         table.add_row(
-            Text(name), *_lengths(of.tokens), *_lengths(of.words), f"{len(of.vocabulary):,}"
+            _text(name), *_lengths(of.tokens), *_lengths(of.words), f"{len(of.vocabulary):,}"
         )
     return table
+
+
+def _text(text: str) -> Text:
+    """Return anybody's text as it stands: neither markup nor control characters do anything."""
+    return Text(printable(text))
 
 
 def _lengths(lengths: Counter[int]) -> Iterator[str]:
@@ -104,12 +111,12 @@ def show(console: Console, names: Sequence[str], pictures: Sequence[Compared]) -
     for picture in pictures:
         index = picture.index
         console.print(
-            Text(f"{picture.dataset}  {printable(index['source_id'])}  {index['key']}"),
+            _text(f"{picture.dataset}  {index['source_id']}  {index['key']}"),
             style="bold",
         )
         table = Table(box=box.SIMPLE_HEAD, leading=1, expand=True)
         for name in names:
-            table.add_column(Text(name), ratio=1, overflow="fold")
+            table.add_column(_text(name), ratio=1, overflow="fold")
         for captions in zip_longest(*picture.captions):
             table.add_row(*(_cell(caption) for caption in captions))
         console.print(table)
@@ -120,7 +127,7 @@ def _cell(caption: Mapping[str, Any] | None) -> Text:
         return Text()
     colour = "green" if caption["outcome"] in USABLE else "red"
     return Text.assemble(
-        (caption["outcome"], colour),
+        (printable(caption["outcome"]), colour),
         "".join(f" · {fact}" for fact in facts(caption)),
         f"\n{said(caption)}",
     )
@@ -159,8 +166,10 @@ def run(args: argparse.Namespace) -> int:
     for name, captions in sets.items():
         if captions.unfinished:
             print(
-                f"{name} is not finished for {', '.join(captions.unfinished)}: its committed "
-                "shards are counted."
+                printable(
+                    f"{name} is not finished for {', '.join(captions.unfinished)}: its committed "
+                    "shards are counted."
+                )
             )
     return 0
 

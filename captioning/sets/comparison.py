@@ -15,13 +15,11 @@ from pipeline import originals, storage
 from pipeline.errors import EvenmixError, did_you_mean
 from pipeline.images import Pixels
 from pipeline.originals import read_original
+from pipeline.printable import printable
 from pipeline.records import IMAGES, uniform_hash
 from pipeline.summary import dataset_url, read_shard
 
 _INDEX_COLUMNS = [*originals.COLUMNS, "source_id"]
-_CONTROL_CHARACTERS = dict.fromkeys(
-    [*range(32), 127, *range(128, 160)], "\N{REPLACEMENT CHARACTER}"
-) | {ord("\t"): " ", ord("\n"): "\n", ord("\r"): None}
 
 
 @dataclass(frozen=True)
@@ -138,8 +136,3 @@ def facts(caption: Mapping[str, Any]) -> Iterator[str]:
 def said(caption: Mapping[str, Any]) -> str:
     """Return a caption's text or, where it has none, what is known of the reason."""
     return printable(caption["text"] or caption["detail"] or "")
-
-
-def printable(text: str) -> str:
-    """Replace control characters, with which a text could take over a terminal."""
-    return text.translate(_CONTROL_CHARACTERS)

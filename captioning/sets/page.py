@@ -13,9 +13,10 @@ import numpy as np
 from PIL import Image
 
 from captioning.outcomes import USABLE
-from captioning.sets.comparison import Compared, facts, printable, read_picture, said
+from captioning.sets.comparison import Compared, facts, read_picture, said
 from pipeline import images
 from pipeline.images import Pixels
+from pipeline.printable import printable
 
 THUMBNAIL_PX = 384
 """The longer edge of a picture on the page, at most."""

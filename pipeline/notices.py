@@ -1,0 +1,61 @@
+"""What the workers of a job on this machine tell whoever waits for it: a few lines, if any.
+
+Their logging is silenced, and what they printed would tear the display of the command. So the
+messages of a few loggers, such as that a model's server is down, go into a file, which the command
+reads as it waits, and prints above its display.
+"""
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from pipeline.printable import printable
+
+LOGGERS = ("captioning",)
+"""The loggers whose messages are for people; they say a thing once, not once a record."""
+
+_FILE = "EVENMIX_NOTICES"
+
+
+def send_notices() -> None:
+    """Have this process, which is one of a job, write its notices where the command reads them."""
+    if (file := os.environ.get(_FILE)) is None:
+        return
+    handler = logging.FileHandler(file, encoding="utf-8", errors="backslashreplace")
+    for name in LOGGERS:
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        logger.addHandler(handler)
+
+
+class Notices:
+    """The command's end: a file of notices, of which the new ones are printed now and then."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+        self.environment = {_FILE: file.name}
+
+    def show(self) -> None:
+        """Print what is new."""
+        from pipeline.progress import console  # noqa: PLC0415  # workers do without rich
+
+        for line in self._file.read().splitlines():
+            console.print(printable(line), markup=False, soft_wrap=True)
+
+
+@contextmanager
+def notices() -> Iterator[Notices]:
+    """Open a file for the notices of a job; the last ones are printed when it ends."""
+    with tempfile.TemporaryDirectory(prefix="notices-") as folder:
+        path = Path(folder) / "notices"
+        path.touch()
+        with path.open(encoding="utf-8", errors="replace") as file:
+            its_notices = Notices(file)
+            try:
+                yield its_notices
+            finally:
+                its_notices.show()
