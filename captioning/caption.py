@@ -158,7 +158,7 @@ def _recipe_and_set(args: argparse.Namespace) -> tuple[Recipe, str]:
         "pictures": None if args.for_recipe is None else "selected",
         "margin": args.margin,
         "parent": args.parent,
-        "redo": None if args.redo is None else args.redo.split(","),
+        "redo": None if args.redo is None else [name.strip() for name in args.redo.split(",")],
     }
     changes = {key: value for key, value in changes.items() if value is not None}
     if changes and not args.captions:
@@ -170,6 +170,10 @@ def _recipe_and_set(args: argparse.Namespace) -> tuple[Recipe, str]:
     if captions in tables:
         pass
     elif args.parent in tables:
+        if tables[args.parent]["engine"] != "vllm":
+            raise EvenmixError(
+                f"the caption set {args.parent} is not made with a model; it cannot be a parent"
+            )
         tables[captions] = tables[args.parent]
     elif args.parent and (noted := model_set.noted_settings(recipe.root, args.parent)):
         tables[captions] = {k: v for k, v in noted.items() if k not in ("pictures", "margin")}

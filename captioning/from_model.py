@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -325,6 +326,8 @@ def rule_of(captions: str, settings: VllmCaptions, name: str, dataset: Dataset) 
 _STARTING = threading.Lock()
 _ENGINES: dict[str, Engine] = {}
 """The engine of this process, by its configuration; one at most."""
+_FAILED: dict[str, tuple[float, EvenmixError]] = {}
+"""When an engine last failed to start (on the monotonic clock), and why."""
 
 
 def _engine(config: EngineConfig, short_edge_px: int, longest_prompt: str) -> Engine:
@@ -333,8 +336,10 @@ def _engine(config: EngineConfig, short_edge_px: int, longest_prompt: str) -> En
     Raises:
         EvenmixError: it does not start, or a picture and its caption do not fit into its context.
     """
-    name = repr((config, short_edge_px, longest_prompt))
+    name, asked_s = repr((config, short_edge_px, longest_prompt)), monotonic()
     with _STARTING:
+        if name in _FAILED and _FAILED[name][0] > asked_s:
+            raise _FAILED[name][1]  # while this thread waited; it would wait as long again
         if name not in _ENGINES:
             while _ENGINES:
                 _ENGINES.popitem()[1].close()
@@ -343,6 +348,10 @@ def _engine(config: EngineConfig, short_edge_px: int, longest_prompt: str) -> En
                 engine.start()
                 square = np.zeros((short_edge_px, short_edge_px, 3), np.uint8)
                 engine.check_fits(Request("largest", longest_prompt, 0, square))
+            except EvenmixError as error:
+                engine.close()
+                _FAILED[name] = (monotonic(), error)
+                raise
             except BaseException:
                 engine.close()
                 raise

@@ -32,6 +32,20 @@ def send_notices() -> None:
         logger.addHandler(handler)
 
 
+@contextmanager
+def print_notices() -> Iterator[None]:
+    """Print the notices of this process itself, for a command without a job."""
+    handler = logging.StreamHandler()
+    for name in LOGGERS:
+        logging.getLogger(name).setLevel(logging.INFO)
+        logging.getLogger(name).addHandler(handler)
+    try:
+        yield
+    finally:
+        for name in LOGGERS:
+            logging.getLogger(name).removeHandler(handler)
+
+
 class Notices:
     """The command's end: a file of notices, of which the new ones are printed now and then."""
 

@@ -204,7 +204,7 @@ class VllmCaptions(_Section):
     crop: Literal["square", "none"] = "square"
     scripts: Annotated[list[Script], Field(min_length=1)] = ["latin"]
     pictures: Literal["all", "selected"] = "all"
-    margin: Annotated[float, Field(ge=0)] = 0.1
+    margin: Annotated[float, Field(ge=0, le=100)] = 0.1
     parent: Name | None = None
     redo: list[RedoneOutcome] = []
 

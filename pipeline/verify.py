@@ -250,8 +250,8 @@ def run(args: argparse.Namespace) -> int:
     if findings:
         lines = "\n  ".join(findings)
         raise EvenmixError(
-            f"{len(findings)} findings below {args.root}:\n  {lines}\nRemove the folders concerned "
-            "and those made from them, and build again."
+            f"{len(findings)} findings below {args.root}:\n  {lines}\nUnless a line says "
+            "otherwise, remove the folders concerned and those made from them, and build again."
         )
     console.print(f"verify: {len(recounted)} folders are as they were published", soft_wrap=True)
     return 0

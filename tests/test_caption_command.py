@@ -48,7 +48,11 @@ def parse(tmp_path: Path, *options: str) -> argparse.Namespace:
             ["--captions", "new", "--model", "a/b", "--parent", "old", "--redo", "emtpy"],
             "redo.*'truncated'",
         ),
-        (["--captions", "new", "--parent", "own", "--redo", "empty"], "is not made with a model"),
+        (
+            ["--captions", "new", "--parent", "own", "--redo", "empty"],
+            "own is .* cannot be a parent",
+        ),
+        (["--captions", "new", "--model", "a/b", "--margin", "inf"], "margin: .* less than"),
         (["--captions", "new", "--parent", "new", "--model", "a/b"], "its own parent"),
         (["--captions", "new", "--model", "a/b", "--bare-engine", "0"], "at least one caption"),
         (["--bare-engine", "9"], "which own does not have"),

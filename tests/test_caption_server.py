@@ -90,6 +90,7 @@ def test_the_command_line_holds_the_arguments() -> None:
         *(
             "--disable-uvicorn-access-log",
             "--generation-config=vllm",
+            "--disable-log-stats",
             "--max-model-len=1024",
             "--enforce-eager",
         ),

@@ -668,7 +668,7 @@ def test_a_wrong_endpoint_is_an_error_at_the_start(
 
 
 def test_the_key_goes_to_the_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1\r\n")  # from a file
     keys = []
     with ChatServer(echo) as chat:
         handler: Any = chat._server.RequestHandlerClass

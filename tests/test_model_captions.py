@@ -7,8 +7,10 @@ import base64
 import io
 import json
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +23,9 @@ from PIL import Image
 
 from captioning import from_model, model_set
 from captioning.engine import conversation
+from captioning.engine.client import Engine
 from captioning.engine.models import ModelIdentity
+from captioning.engine.questions import EngineConfig
 from captioning.from_model import VllmCaptioning
 from captioning.from_source import SourceCaptioning
 from captioning.slices import SLICE_CAPTIONS
@@ -474,3 +478,27 @@ def test_a_parent_without_a_model_and_one_that_is_not_there_are_errors(
             with pytest.raises(EvenmixError, match=problem):
                 write(document, server, parent=parent)
     assert server.bodies == []
+
+
+def test_threads_that_wait_for_an_engine_share_its_failure(
+    document: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts = []
+
+    def fail(_: Engine) -> None:
+        starts.append(1)
+        time.sleep(0.3)
+        raise EvenmixError("no server")
+
+    monkeypatch.setattr(Engine, "start", fail)
+    config = EngineConfig("tiny", endpoint="http://127.0.0.1:1/v1")
+    with ThreadPoolExecutor(3) as pool:
+        errors = [
+            future.exception()
+            for future in [pool.submit(from_model._engine, config, 64, "Say.") for _ in range(3)]
+        ]
+    assert [str(error) for error in errors] == ["no server"] * 3
+    assert len(starts) == 1
+    with pytest.raises(EvenmixError, match="no server"):  # asked again later, it is tried again
+        from_model._engine(config, 64, "Say.")
+    assert len(starts) == 2

@@ -197,6 +197,14 @@ def test_each_picture_says_what_became_of_it(tmp_path: Path) -> None:
     assert verify(str(root), deep=False)[1] == []
 
 
+def test_files_without_a_row_are_an_error_before_any_work(tmp_path: Path) -> None:
+    write_indexes(tmp_path / "corpus", {"d": {"a": [picture("k0", "0")]}})
+    write_published(tmp_path / "c" / "d", parquet([], caption1=pa.array([], pa.string())))
+    with pytest.raises(EvenmixError, match="no file has a row"):
+        write(recipe_of(tmp_path / "corpus", ["d"], source=str(tmp_path / "c")))
+    assert not (tmp_path / "corpus" / "exchange").exists()
+
+
 def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "corpus"
     write_indexes(root, {"d": {"a": [picture("k0", "0"), picture("k1", None), picture("k2", "2")]}})

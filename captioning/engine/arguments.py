@@ -22,7 +22,8 @@ FORBIDDEN: Mapping[str, str] = {
         [
             "trust_remote_code", "tool_parser_plugin", "reasoning_parser_plugin",
             "io_processor_plugin", "logits_processors", "middleware", "worker_cls",
-            "worker_extension_cls", "scheduler_cls", "kv_transfer_config", "logging_config", "log_config_file",
+            "worker_extension_cls", "scheduler_cls", "kv_transfer_config",
+            "logging_config", "log_config_file",
         ],
         _CODE,
     ),

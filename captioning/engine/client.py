@@ -170,8 +170,11 @@ def _place(endpoint: str, model: str) -> Place:
         raise EvenmixError(
             f"the endpoint {endpoint} is no URL such as http://host:8000/v1; correct it"
         )
+    key = os.environ.get("OPENAI_API_KEY", "").strip()  # of a file with a line end, say
+    if not (key.isascii() and key.isprintable()):
+        raise EvenmixError("OPENAI_API_KEY has characters that no key has; correct it")
     url = endpoint.rstrip("/")
-    return Place(url, url, model, key=os.environ.get("OPENAI_API_KEY") or None)
+    return Place(url, url, model, key=key or None)
 
 
 def _is_url(endpoint: str) -> bool:

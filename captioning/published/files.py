@@ -95,11 +95,14 @@ def find_subset(source: str, subset: str, revision: str | None) -> Subset:
     mistakes = [str(mistake) for mistake in found if isinstance(mistake, EvenmixError)]
     if mistakes:
         raise EvenmixError("\n  ".join(mistakes))
+    published = [file for file in found if isinstance(file, PublishedFile)]
+    if not any(group.num_rows for file in published for group in file.row_groups):
+        raise EvenmixError(f"{located}: no file has a row; correct the caption set's source")
     whole = located.removesuffix(f"/{subset}/*.parquet")
     return Subset(
         origin=whole if "://" in whole else PurePosixPath(whole).name,
         revision=commit,
-        files=[file for file in found if isinstance(file, PublishedFile)],
+        files=published,
     )
 
 

@@ -7,7 +7,6 @@ where it was. The output appears, whole, when every prompt has its outcome.
 import argparse
 import hashlib
 import json
-import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from captioning.rewriting.answers import RewriteOutcome, judge
 from captioning.rewriting.journal import Journal
 from pipeline import storage
 from pipeline.errors import EvenmixError
+from pipeline.notices import print_notices
 from pipeline.progress import console
 from pipeline.records import uniform_hash
 
@@ -73,9 +73,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Rewrite the prompts of a file."""
-    # So that a server which starts, or does not work for a while, is heard of.
-    logging.getLogger("captioning").addHandler(logging.StreamHandler())
-    logging.getLogger("captioning").setLevel(logging.INFO)
     if "://" in args.output:
         raise EvenmixError(
             f"--output {args.output} should be a local file; copy it when it is there"
@@ -116,7 +113,8 @@ def run(args: argparse.Namespace) -> int:
             if not _is_settled(journal.results.get(number))
         ]
         if requests:
-            _ask(config, requests, meta_prompt, journal, total=len(prompts))
+            with print_notices():
+                _ask(config, requests, meta_prompt, journal, total=len(prompts))
         _publish(output, records, journal.results, made_with)
         journal.remove()
     _print_counts(output, journal.results)

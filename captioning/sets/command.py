@@ -50,7 +50,7 @@ def sets_table(
 ) -> Table:
     """Return how each set was made, and what became of its captions."""
     table = _table("caption sets", leading=1)
-    table.add_column("set", overflow="fold")
+    table.add_column("set", overflow="fold", min_width=8)
     for heading in ("datasets", "pictures", "captions"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("outcomes", no_wrap=True)
@@ -69,7 +69,7 @@ def sets_table(
 def lengths_table(numbers: Mapping[str, SetStatistics]) -> Table:
     """Return how long the usable captions of each set are, and in how many different words."""
     table = _table("usable captions", leading=0)
-    table.add_column("set", overflow="fold")
+    table.add_column("set", overflow="fold", min_width=8)
     for unit in ("tokens", "words"):
         table.add_column(f"{unit}:\nmean", justify="right", no_wrap=True)
         for percent in _PERCENTS:

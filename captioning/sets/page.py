@@ -32,11 +32,11 @@ h2 { font-size: 1rem; margin: 0; overflow-wrap: anywhere; }
 h3 { font-size: 0.9rem; margin: 0 0 0.5rem; }
 article { display: flex; flex-wrap: wrap; gap: 1.5rem; padding: 1.5rem 0;
   border-top: 1px solid var(--line); }
-header { width: 384px; max-width: 100%; }
+header { flex: 0 1 20rem; min-width: 0; }
 header p, .facts { color: var(--muted); font-size: 0.8rem; margin: 0.2rem 0;
   overflow-wrap: anywhere; }
 img { max-width: 100%; height: auto; margin-top: 0.5rem; }
-section { flex: 1 1 20rem; min-width: 0; }
+section { flex: 1 1 18rem; min-width: 0; }
 blockquote { margin: 0 0 1rem; padding-left: 0.75rem; border-left: 3px solid var(--line);
   overflow-wrap: anywhere; white-space: pre-wrap; unicode-bidi: isolate; }
 .outcome { font-weight: 600; padding: 0 0.4em; border: 1px solid; border-radius: 0.4em; }
