@@ -172,7 +172,8 @@ class VllmCaptions(_Section):
     the URL of an OpenAI-compatible server that runs already (``http://host:8000/v1``), which knows
     the model by its name. ``chat_template`` are values for the model's chat template, such as
     ``enable_thinking = false``. The workers of a machine together have ``in_flight`` requests at
-    the server, and each of these ``timeout_s`` for its answer.
+    the server, best twice as many as its ``max_num_seqs``, and each of these has ``timeout_s`` for
+    its answer.
 
     ``prompts`` are for datasets that want another kind than their own, or a text of the recipe's.
     The model is shown each picture with its shorter edge brought down to ``short_edge_px``, never

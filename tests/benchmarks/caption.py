@@ -56,6 +56,7 @@ engine = "vllm"
 model = "{model}"
 max_tokens = {max_tokens}
 captions_per_image = {captions_per_image}
+in_flight = 128  # twice the engine's max_num_seqs
 arguments = {arguments}
 """
 
