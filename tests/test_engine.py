@@ -319,8 +319,8 @@ def test_a_refusal_during_an_outage_waits_for_its_end() -> None:
 def test_an_outage_is_told_once_and_so_is_its_end(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(conversation, "NEWS_AFTER_S", 0.2)
-    failing = [(0.1, 0.2), (0.4, 1.2), (1.4, 2.0)]  # the first is too short to be news
+    monkeypatch.setattr(conversation, "NEWS_AFTER_S", 0.5)
+    failing = [(0.1, 0.15), (0.8, 2.2), (2.6, 4.0)]  # the first is too short to be news
     began = time.monotonic()
 
     def respond(body: dict[str, Any]) -> Reply:
@@ -331,9 +331,9 @@ def test_an_outage_is_told_once_and_so_is_its_end(
         return echo(body)
 
     with asking(respond, max_in_flight=4) as engine:
-        for answer in engine.answers(requests(*(f"p{n}" for n in range(400)))):
+        for answer in engine.answers(requests(*(f"p{n}" for n in range(900)))):
             assert answer.ending is Ending.STOP
-            if time.monotonic() - began > 2.3:
+            if time.monotonic() - began > 4.4:
                 break
         name = engine._config.endpoint
     down, up = f"{name} does not work now: HTTP 500: no memory", f"{name} works again"
