@@ -91,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RECIPE",
         help="ask only for the pictures that this recipe's mixture may select",
     )
-    model.add_argument("--margin", type=float, help="so many more of them (default 0.1)")
+    model.add_argument("--margin", type=float, help="and this share more of them (default 0.1)")
     model.add_argument("--parent", metavar="NAME", help="take over the captions of this set")
     model.add_argument(
         "--redo", metavar="OUTCOMES", help="but those of the parent's, such as truncated,empty"

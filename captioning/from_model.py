@@ -39,7 +39,7 @@ MAX_ASPECT = 4
 """A picture that is shown whole has a longer edge of at most so many times ``short_edge_px``."""
 
 MAX_FAILURES_IN_A_ROW = 32
-"""So many pictures of a shard in a row do not fail by themselves."""
+"""So many failures of the engine in a row are not the pictures'."""
 
 ARGUMENTS_OF_SPEED = frozenset(
     {
@@ -54,7 +54,6 @@ ARGUMENTS_OF_SPEED = frozenset(
 
 They may differ between the runs of a caption set, which the others may not."""
 
-_FAILURES = (CaptionOutcome.ENGINE_FAILED, CaptionOutcome.PICTURE_FAILED)
 _INDEX_COLUMNS = [*originals.COLUMNS, "text", "fields"]
 
 
@@ -157,14 +156,15 @@ class VllmCaptioning:
         failures = 0
         for place, caption in self._answers(item, index, remaining):
             captions[place] = caption
-            failures = failures + 1 if caption["outcome"] in _FAILURES else 0
+            has_failed = caption["outcome"] == CaptionOutcome.ENGINE_FAILED
+            failures = failures + 1 if has_failed else 0
             if failures == MAX_FAILURES_IN_A_ROW:
                 raise EvenmixError(
-                    f"{item.dataset}/{item.shard}: {failures} captions in a row have failed, the "
-                    f"last with: {caption['detail']}. That is not the pictures'. Nothing that was "
-                    "published is lost; correct the engine and start the same command again."
+                    f"{item.dataset}/{item.shard}: the engine has failed at {failures} captions in "
+                    f"a row, the last with: {caption['detail']}. Nothing that was published is "
+                    "lost; correct the engine and start the same command again."
                 )
-            if caption["outcome"] != CaptionOutcome.ENGINE_FAILED:
+            if not has_failed:
                 fresh[place] = caption
             if len(fresh) == SLICE_CAPTIONS:
                 keep_slice(folder, item.shard, identity, fresh)

@@ -428,12 +428,27 @@ def test_a_run_in_which_all_fails_ends(document: dict[str, Any]) -> None:
     with (
         answering(respond) as server,
         pytest.MonkeyPatch.context() as patch,
-        pytest.raises(EvenmixError, match=r"(?s)16 captions in a row have failed.*no luck"),
+        pytest.raises(EvenmixError, match=r"(?s)failed at 16 captions in a row.*no luck"),
     ):
         patch.setattr(from_model, "MAX_FAILURES_IN_A_ROW", 16)
         patch.setattr(conversation, "BACKOFF_S", 0.01)
         write(document, server)
     assert not storage.glob_files(f"{document['root']}/captions/vlm/shapes/*.parquet")
+
+
+def test_a_shard_whose_pictures_are_all_damaged_or_refused_is_not_the_engines_fault(
+    document: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(from_model, "MAX_FAILURES_IN_A_ROW", 4)
+    for file in storage.glob_files(f"{document['root']}/images/shapes/*.tar")[:1]:
+        storage.replace(file.url, bytes(file.num_bytes))
+
+    def respond(body: dict[str, Any]) -> Reply:
+        return a_caption(body) if body["max_tokens"] == 1 else Reply("too odd", status=400)
+
+    with answering(respond) as server:
+        found = write(document, server)
+    assert Counter(each[0]["outcome"] for each in found.values()) == {"picture_failed": PICTURES}
 
 
 def test_what_only_decides_the_speed_may_change_between_runs(document: dict[str, Any]) -> None:
