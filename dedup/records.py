@@ -1,5 +1,8 @@
 """The schemas of dedup's tables, and descriptors between Arrow and NumPy."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -10,22 +13,81 @@ from pipeline.errors import EvenmixError
 Vectors = npt.NDArray[np.floating]
 """Descriptors, one a row: shape (n, d), float16 where stored, float32 where made."""
 
-PAIRS = pa.schema([("key_a", pa.string()), ("key_b", pa.string()), ("similarity", pa.float32())])
-"""Two pictures whose cosine reaches both datasets' thresholds: each pair once, key_a < key_b,
-sorted."""
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+Bools = npt.NDArray[np.bool_]
 
-REMOVALS = pa.schema(
+THUMBNAIL_BYTES = 1536
+"""A thumbnail (:mod:`dedup.second_look`): luminance 32 x 32, then both chromas 16 x 16, int8."""
+
+_KEY = pa.binary(16)
+_THUMBNAIL = pa.binary(THUMBNAIL_BYTES)
+
+EDGES = pa.schema(
     [
-        ("dataset", pa.string()),
-        ("shard", pa.string()),
-        ("row", pa.int64()),
+        ("better", pa.int64()),
+        ("worse", pa.int64()),
+        ("better_key", _KEY),
+        ("worse_key", _KEY),
+        ("similarity", pa.float32()),
+        ("equal", pa.bool_()),
+        ("truncated", pa.bool_()),
+    ]
+)
+"""Two pictures that count as copies, by their ranks in the declared order: ``better`` < ``worse``.
+
+``equal`` ones have equal vectors and one rule: the worse stands aside for the better, and has no
+other edges. ``truncated`` says that the worse picture has more better neighbours than are
+listed."""
+
+GRAPH = pa.schema(
+    [
         ("key", pa.string()),
-        ("duplicate_of", pa.string()),
+        ("neighbour", pa.string()),
+        ("similarity", pa.float32()),
+        ("equal", pa.bool_()),
+        ("truncated", pa.bool_()),
+        ("rank", pa.int64()),
+        ("neighbour_rank", pa.int64()),
+    ]
+)
+"""The graph of similar pairs: a picture, and one of its best neighbours among those better than it.
+
+Sorted by ``rank`` and ``neighbour_rank``, the places in the declared order; each pair once.
+``equal`` and ``truncated`` are as in EDGES."""
+
+PICTURES = pa.schema(
+    [
+        ("rank", pa.int64()),
+        ("key", _KEY),
+        ("stand_in", pa.int64()),
+        ("copies", pa.int64()),
+        ("draw", pa.int64()),
+        ("accepted", pa.bool_()),
         ("similarity", pa.float32()),
         ("rule", pa.string()),
     ]
 )
-"""One removed picture, by its place: ``row`` is that of the shard's image index."""
+"""A picture of the corpus, or an evaluation picture, in the order of the shards and their rows.
+
+``rank`` is its place in the declared order, 0 the best. ``stand_in`` is the rank of the picture
+with whose fate its own is bound (its own rank if it is free), ``similarity`` and ``rule`` are what
+binds it (null if it is free). ``copies`` is the rank of the best picture with equal bytes or equal
+pixels. ``draw`` is its place in a random order of those that are searched for near-duplicates, -1
+if it is not. ``accepted`` ones were kept by an earlier search."""
+
+REMOVALS = pa.schema(
+    [
+        ("place", pa.int64()),
+        ("key", pa.string()),
+        ("duplicate_of", pa.string()),
+        ("keeper_dataset", pa.string()),
+        ("similarity", pa.float32()),
+        ("group", pa.string()),
+        ("rule", pa.string()),
+    ]
+)
+"""One removed picture; ``place`` is its row in its group of shards, the others as in DUPLICATES."""
 
 DUPLICATES = pa.schema(
     [
@@ -40,8 +102,10 @@ DUPLICATES = pa.schema(
 
 ``duplicate_of`` is the key of the kept picture in whose favour this one goes, and null if it
 stays. ``similarity`` is their cosine, 1.0 for exact copies, null if kept. ``group`` is the key of
-the group's kept picture, its own if kept. ``rule`` is ``exact_copy`` or ``near_duplicate``
-(:class:`pipeline.reasons.RejectReason`), null if kept."""
+the group's kept picture, its own if kept. ``rule`` is ``exact_copy``, ``near_duplicate`` or
+``contamination`` (:class:`pipeline.reasons.RejectReason`), null if kept. What is removed for
+``contamination`` is a duplicate of an evaluation picture, or in a group with one that is; the
+latter have no similarity."""
 
 
 def vector_type(dimension: int) -> pa.DataType:
@@ -50,13 +114,150 @@ def vector_type(dimension: int) -> pa.DataType:
 
 
 def embeddings_schema(dimension: int) -> pa.Schema:
-    """Return the schema of R/embeddings: a picture's key and its unit-length descriptor."""
-    return pa.schema([("key", pa.string()), ("embedding", vector_type(dimension))])
+    """Return the schema of R/embeddings: a picture's key and its unit-length descriptor.
+
+    ``thumbnail`` and ``graphic`` are for the second look (:mod:`dedup.second_look`): the picture in
+    1,536 bytes, and whether it is one of text or plain graphics.
+    """
+    return pa.schema(
+        [
+            ("key", pa.string()),
+            ("embedding", vector_type(dimension)),
+            ("thumbnail", _THUMBNAIL),
+            ("graphic", pa.bool_()),
+        ]
+    )
 
 
 def centroids_schema(dimension: int) -> pa.Schema:
-    """Return the schema of the clusters: row i is the unit-length centre of cluster i."""
-    return pa.schema([("centroid", vector_type(dimension))])
+    """Return the schema of a clustering: row i is the unit-length centre of cluster i.
+
+    ``share`` is the part of the sample that lives in the cluster: all shares sum to 1.
+    """
+    return pa.schema([("centroid", vector_type(dimension)), ("share", pa.float64())])
+
+
+def described_schema(dimension: int) -> pa.Schema:
+    """Return the schema in which described pictures are exchanged; see :class:`Described`."""
+    return pa.schema(
+        [
+            ("rank", pa.int64()),
+            ("key", _KEY),
+            ("dataset", pa.int32()),
+            ("accepted", pa.bool_()),
+            ("graphic", pa.bool_()),
+            ("thumbnail", pa.binary()),
+            ("cluster", pa.int32()),
+            ("embedding", vector_type(dimension)),
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class Described:
+    """Described pictures, arrays with one entry each.
+
+    ``rank`` is the place in the declared order, ``dataset`` the number among the rules' datasets,
+    ``cluster`` the number of the home cluster, -1 where none is meant. ``thumbnail`` is int8
+    (n, 1536), zeros where the rules need none; ``vector`` is float16 (n, d) of length about 1.
+    ``key`` has dtype V16.
+    """
+
+    rank: Ints
+    key: npt.NDArray[np.void]
+    dataset: Ints
+    accepted: Bools
+    graphic: Bools
+    thumbnail: npt.NDArray[np.int8]
+    cluster: Ints
+    vector: npt.NDArray[np.float16]
+
+    def __len__(self) -> int:
+        return len(self.rank)
+
+    def take(self, rows: Ints) -> "Described":
+        """Return some of the pictures."""
+        return Described(
+            self.rank[rows],
+            self.key[rows],
+            self.dataset[rows],
+            self.accepted[rows],
+            self.graphic[rows],
+            self.thumbnail[rows],
+            self.cluster[rows],
+            self.vector[rows],
+        )
+
+    def to_table(self) -> pa.Table:
+        """Return the pictures in the form in which they are exchanged.
+
+        A thumbnail of zeros becomes null and takes no space.
+        """
+        lengths = self.thumbnail.any(axis=1) * THUMBNAIL_BYTES
+        thumbnails = pa.BinaryArray.from_buffers(
+            pa.binary(),
+            len(self),
+            [
+                pa.py_buffer(np.packbits(lengths > 0, bitorder="little")),
+                pa.py_buffer(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)),
+                pa.py_buffer(np.ascontiguousarray(self.thumbnail[lengths > 0])),
+            ],
+        )
+        columns = [
+            pa.array(self.rank),
+            key_column(self.key),
+            pa.array(self.dataset, pa.int32()),
+            pa.array(self.accepted),
+            pa.array(self.graphic),
+            thumbnails,
+            pa.array(self.cluster, pa.int32()),
+            to_column(self.vector),
+        ]
+        return pa.table(columns, schema=described_schema(self.vector.shape[1]))
+
+    @classmethod
+    def from_tables(cls, tables: Sequence[pa.Table], dimension: int) -> "Described":
+        """Read what :meth:`to_table` gave, several tables one after the other."""
+        table = pa.concat_tables([described_schema(dimension).empty_table(), *tables])
+        columns = {name: table[name].combine_chunks() for name in table.column_names}
+        is_there = columns["thumbnail"].is_valid().to_numpy(zero_copy_only=False)
+        thumbnail = np.zeros((table.num_rows, THUMBNAIL_BYTES), np.int8)
+        there = b"".join(columns["thumbnail"].drop_null().to_pylist())
+        thumbnail[is_there] = np.frombuffer(there, np.int8).reshape(-1, THUMBNAIL_BYTES)
+        return cls(
+            columns["rank"].to_numpy(),
+            keys_of(columns["key"]),
+            columns["dataset"].to_numpy().astype(np.int64),
+            columns["accepted"].to_numpy(zero_copy_only=False),
+            columns["graphic"].to_numpy(zero_copy_only=False),
+            thumbnail,
+            columns["cluster"].to_numpy().astype(np.int64),
+            from_column(columns["embedding"], dimension),
+        )
+
+
+def key_column(keys: npt.NDArray[np.void]) -> pa.Array:
+    """Return keys, dtype V16, as a column of 16 bytes each."""
+    return pa.FixedSizeBinaryArray.from_buffers(
+        _KEY, len(keys), [None, pa.py_buffer(np.ascontiguousarray(keys))]
+    )
+
+
+def keys_of(column: pa.Array) -> npt.NDArray[np.void]:
+    """Return a column of 16 bytes each, without nulls, as keys of dtype V16."""
+    data = column.buffers()[1] or b""
+    return np.frombuffer(data, "V16", len(column), column.offset * 16)
+
+
+def keys_from_hex(column: pa.Array) -> npt.NDArray[np.void]:
+    """Return a column of keys as they are in the image index, 32 hex digits, as dtype V16."""
+    return np.frombuffer(bytes.fromhex("".join(column.to_pylist())), "V16")
+
+
+def to_hex(keys: npt.NDArray[np.void]) -> list[str]:
+    """Return keys, dtype V16, as they are in the image index: 32 hex digits each."""
+    digits = np.ascontiguousarray(keys).tobytes().hex()
+    return [digits[start : start + 32] for start in range(0, len(digits), 32)]
 
 
 def to_column(vectors: Vectors) -> pa.Array:
@@ -65,7 +266,13 @@ def to_column(vectors: Vectors) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
 
 
-def read_vectors(url: str, column: str, dimension: int) -> tuple[pa.Table, Vectors]:
+def from_column(column: pa.Array, dimension: int) -> npt.NDArray[np.float16]:
+    """Return a column of float16 lists as vectors (n, d)."""
+    flat: npt.NDArray[np.float16] = column.flatten().to_numpy(zero_copy_only=False)
+    return flat.reshape(-1, dimension)
+
+
+def read_vectors(url: str, column: str, dimension: int) -> tuple[pa.Table, npt.NDArray[np.float16]]:
     """Read a table with a column of vectors; return it and they as float16 (n, ``dimension``).
 
     Raises:
@@ -78,5 +285,4 @@ def read_vectors(url: str, column: str, dimension: int) -> tuple[pa.Table, Vecto
             f"{url} has no column {column} of {dimension} float16 numbers; it was made by another "
             "descriptor. Descriptors never mix: embed under another dedup.descriptor"
         )
-    flat = table[column].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    return table, flat.reshape(-1, dimension)
+    return table, from_column(table[column].combine_chunks(), dimension)

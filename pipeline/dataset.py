@@ -18,6 +18,10 @@ Layout = Literal["folder", "parquet", "webdataset", "tar", "url_list", "sqlite"]
 PromptKind = Literal["describe", "rendered_text", "annotation", "metadata", "composite"]
 """What a captioning model is told beside the picture (:mod:`captioning.prompts`)."""
 
+Duplicates = Literal["near", "exact", "off"]
+SecondLook = Literal["none", "graphics", "all"]
+Threshold = Annotated[float, Field(gt=0, le=1)]
+
 _TABLES = ("parquet", "url_list", "sqlite")
 _FETCHED = ("url_list", "sqlite")
 
@@ -77,9 +81,12 @@ class Dataset(BaseModel):
     Fetched pictures of less than ``min_bytes`` bytes, of a size among ``placeholder_bytes``, or
     from a final URL that matches one of ``placeholder_urls`` (shell patterns) are not the picture.
 
-    ``duplicates`` is ``near`` (copies by descriptor, at cosine ``threshold``) or ``exact`` (equal
-    bytes or pixels only): pictures of text and plain graphics look alike to a copy detector and
-    want ``exact``.
+    ``duplicates`` is ``near`` (copies by descriptor, at cosine ``threshold``), ``exact`` (equal
+    bytes or pixels only) or ``off`` (copies stay). Pictures of text and plain graphics look alike
+    to a copy detector, so a cosine is not enough there: ``second_look`` compares the pictures
+    themselves as well, where both are such pictures (``graphics``), of ``all`` pictures, or of
+    ``none``. A ``mirrored`` picture counts as a copy, or does not. Of two datasets the stricter
+    rule holds, unless the recipe has one for the pair.
 
     ``prompt`` is the kind of prompt that suits the pictures; ``lines_field`` leads to the list of
     the lines of text in a picture, through the names of ``extra_fields``
@@ -109,8 +116,10 @@ class Dataset(BaseModel):
     min_bytes: Annotated[int, Field(ge=0)] = 0
     placeholder_bytes: list[int] = []
     placeholder_urls: list[str] = []
-    duplicates: Literal["near", "exact"] = "near"
-    threshold: Annotated[float, Field(gt=0, le=1)] = 0.75
+    duplicates: Duplicates = "near"
+    threshold: Threshold = 0.75
+    second_look: SecondLook = "graphics"
+    mirrored: bool = True
     prompt: PromptKind = "describe"
     lines_field: str | None = None
     caption_subset: str | None = None

