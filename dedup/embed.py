@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
-from dedup.descriptors import Descriptor, sscd
-from dedup.records import embeddings_schema, to_column
+from dedup.describe import describe
+from dedup.descriptors import Descriptor, descriptor_of
+from dedup.records import embeddings_schema
+from dedup.rules import rules_of
 from pipeline import originals, storage
 from pipeline.beam_job import RunnerOptions
 from pipeline.command_options import add_stage_arguments, recipe_of, runner_of
@@ -24,7 +25,7 @@ from pipeline.run import run_stage
 from pipeline.stage import Output, WorkItem
 from pipeline.summary import finished_shards
 
-_BATCH_SIZE = 16
+BATCH_SIZE = 16
 """Enough for the model's full rate; one read of a tar brings as many pictures."""
 
 
@@ -36,7 +37,7 @@ class Embed:
     folder: str
     descriptor: Descriptor
     name: str = "embed"
-    version: int = 1
+    version: int = 2
     resource_hints: Mapping[str, str] = field(default_factory=dict)
     items_at_once: int = 1
 
@@ -48,30 +49,37 @@ class Embed:
         """Describe the pictures of one shard."""
         shard_url = storage.join(self.root, IMAGES, item.dataset, item.shard)
         index = storage.read_parquet(f"{shard_url}.parquet", originals.COLUMNS)
-        parts = [self.descriptor.embed(batch) for batch in _batches(f"{shard_url}.tar", index)]
-        vectors = np.concatenate(parts) if parts else self.descriptor.embed([])
+        batches = _batches(f"{shard_url}.tar", index, self.descriptor.short_edge_px)
         schema = embeddings_schema(self.descriptor.dimension)
+        described = pa.concat_tables(
+            [schema.remove(0).empty_table(), *(describe(self.descriptor, b) for b in batches)]
+        )
         return Output(
-            table=pa.table([index["key"].combine_chunks(), to_column(vectors)], schema=schema),
+            table=described.add_column(0, schema.field("key"), index["key"]).combine_chunks(),
             counts=Counts(index.num_rows, index.num_rows),
         )
 
 
-def _batches(tar_url: str, index: pa.Table) -> Iterator[Iterator[Pixels]]:
-    """Decode a shard's pictures in the index's order; the tar is read once, a batch at a time."""
-    for start in range(0, index.num_rows, _BATCH_SIZE):
-        rows = index.slice(start, _BATCH_SIZE).to_pylist()
+def _batches(tar_url: str, index: pa.Table, short_edge_px: int) -> Iterator[Iterator[Pixels]]:
+    """Decode a shard's pictures in the index's order; the tar is read once, a batch at a time.
+
+    They may be reduced until their shorter edges are ``short_edge_px``.
+    """
+    for start in range(0, index.num_rows, BATCH_SIZE):
+        rows = index.slice(start, BATCH_SIZE).to_pylist()
         begin = rows[0]["offset"]
         end = rows[-1]["offset"] + rows[-1]["num_bytes"]
         stretch = storage.read_bytes(tar_url, begin, end - begin)
-        yield (_decode(tar_url, row, stretch, begin) for row in rows)
+        yield (_decode(tar_url, row, stretch, begin, short_edge_px) for row in rows)
 
 
-def _decode(tar_url: str, row: Mapping[str, Any], stretch: bytes, begin: int) -> Pixels:
+def _decode(
+    tar_url: str, row: Mapping[str, Any], stretch: bytes, begin: int, short_edge_px: int
+) -> Pixels:
     """Decode the picture of an index row out of the part of the tar that starts at ``begin``."""
     start = row["offset"] - begin
     data = stretch[start : start + row["num_bytes"]]
-    return originals.decode_original(tar_url, row, data)
+    return originals.decode_original(tar_url, row, data, short_edge_px)
 
 
 def folder_of(recipe: Recipe) -> str:
@@ -81,7 +89,7 @@ def folder_of(recipe: Recipe) -> str:
 
 def near_datasets(recipe: Recipe) -> list[str]:
     """Return the datasets whose near-duplicates are wanted, in order of their names."""
-    return sorted(name for name, data in recipe.datasets.items() if data.duplicates == "near")
+    return rules_of(recipe).near_datasets()
 
 
 def check(recipe: Recipe) -> None:
@@ -91,7 +99,7 @@ def check(recipe: Recipe) -> None:
         EvenmixError: they are missing or not what they should be.
     """
     if near_datasets(recipe):
-        sscd(recipe.dedup.weights)
+        descriptor_of(recipe.dedup)
 
 
 def run_recipe(recipe: Recipe, runner: RunnerOptions) -> None:
@@ -102,12 +110,16 @@ def run_recipe(recipe: Recipe, runner: RunnerOptions) -> None:
         for shard, digest in finished_shards(recipe.root, IMAGES, dataset, "ingest").items()
     ]
     if items:
-        stage = Embed(recipe.root, folder_of(recipe), sscd(recipe.dedup.weights))
+        stage = Embed(recipe.root, folder_of(recipe), descriptor_of(recipe.dedup))
         run_stage(stage, items, runner)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `evenmix embed`."""
+    parser.description = (
+        "Describe pictures for `evenmix dedup`: with the copy detector SSCD, with its smaller "
+        "student, or with an image tower of open_clip, as the recipe's dedup.model says."
+    )
     add_stage_arguments(parser)
 
 

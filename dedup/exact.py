@@ -14,8 +14,13 @@ Labels = npt.NDArray[Any]
 
 def first_of_equal(labels: Labels) -> Ints:
     """Return for each row the lowest row of equal label."""
-    _, first, codes = np.unique(labels, return_index=True, return_inverse=True)
+    _, first, codes = np.unique(_sortable(labels), return_index=True, return_inverse=True)
     return first[codes]
+
+
+def _sortable(labels: Labels) -> Labels:
+    """Return labels as NumPy can sort them: V16 as S16, which compares all 16 bytes."""
+    return labels.view("S16") if labels.dtype == "V16" else labels
 
 
 def copy_groups(sha256: Labels, pixels_sha256: Labels) -> Ints:
@@ -24,8 +29,8 @@ def copy_groups(sha256: Labels, pixels_sha256: Labels) -> Ints:
     Equal bytes decode to equal pixels, so one round settles every group; more are needed only
     where two versions of a decoder disagree.
     """
-    _, by_bytes = np.unique(sha256, return_inverse=True)
-    _, by_pixels = np.unique(pixels_sha256, return_inverse=True)
+    _, by_bytes = np.unique(_sortable(sha256), return_inverse=True)
+    _, by_pixels = np.unique(_sortable(pixels_sha256), return_inverse=True)
     groups = np.arange(len(sha256))
     while True:
         before = groups
@@ -37,28 +42,15 @@ def copy_groups(sha256: Labels, pixels_sha256: Labels) -> Ints:
             return groups
 
 
-def stand_ins(groups: Ints, thresholds: npt.NDArray[np.float32]) -> Ints:
-    """Return for each row the lowest row of its group under the same threshold.
+def pairs_between(groups: Ints, a: Ints, b: Ints) -> tuple[Ints, Ints]:
+    """Return all pairs of a row of ``a`` and one of ``b`` that are in one group.
 
-    Exact copies under one threshold have the same neighbours in the graph of similar pairs. So
-    one stands for all: they stay or go with it, and a million copies make no pairs.
+    Shapes (pairs,), the lower row first. ``groups`` has the group of every row.
     """
-    _, rules = np.unique(thresholds, return_inverse=True)
-    return first_of_equal(groups * (rules.max(initial=0) + 1) + rules)
-
-
-def pairs_within(groups: Ints, rows: Ints) -> tuple[Ints, Ints]:
-    """Return all pairs of ``rows`` (ascending) that are in one group, the lower row first.
-
-    For stand-ins a group has at most one row a threshold, so these are few.
-    """
-    order = rows[np.argsort(groups[rows], kind="stable")]
-    lower, higher = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    for distance in range(1, len(order)):
-        left, right = order[:-distance], order[distance:]
-        same = groups[left] == groups[right]
-        if not same.any():
-            break
-        lower.append(left[same])
-        higher.append(right[same])
-    return np.concatenate(lower), np.concatenate(higher)
+    b = b[np.argsort(groups[b], kind="stable")]
+    begin = np.searchsorted(groups[b], groups[a], "left")
+    lengths = np.searchsorted(groups[b], groups[a], "right") - begin
+    left = np.repeat(a, lengths)
+    within = np.arange(len(left)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    right = b[np.repeat(begin, lengths) + within]
+    return np.minimum(left, right), np.maximum(left, right)

@@ -17,9 +17,15 @@ Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
 
-def declared_order(num_pixels: Ints, num_bytes: Ints, keys: npt.NDArray[np.bytes_]) -> Ints:
-    """Return the rows from best to worst: more pixels, then more bytes, then the lower key."""
-    return np.asarray(np.lexsort((keys, -num_bytes, -num_pixels)))
+def declared_order(
+    level: Ints, num_pixels: Ints, num_bytes: Ints, priority: Ints, key: npt.NDArray[np.void]
+) -> Ints:
+    """Return the rows from best to worst.
+
+    The lower level comes first, then more pixels, more bytes, the lower priority number, the lower
+    key (dtype V16).
+    """
+    return np.asarray(np.lexsort((key.view("S16"), priority, -num_bytes, -num_pixels, level)))
 
 
 def choose_keepers(num_pictures: int, better: Ints, worse: Ints) -> Bools:

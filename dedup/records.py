@@ -1,7 +1,7 @@
 """The schemas of dedup's tables, and descriptors between Arrow and NumPy."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -64,17 +64,16 @@ PICTURES = pa.schema(
         ("copies", pa.int64()),
         ("draw", pa.int64()),
         ("accepted", pa.bool_()),
-        ("similarity", pa.float32()),
-        ("rule", pa.string()),
+        ("settled", pa.bool_()),
     ]
 )
 """A picture of the corpus, or an evaluation picture, in the order of the shards and their rows.
 
 ``rank`` is its place in the declared order, 0 the best. ``stand_in`` is the rank of the picture
-with whose fate its own is bound (its own rank if it is free), ``similarity`` and ``rule`` are what
-binds it (null if it is free). ``copies`` is the rank of the best picture with equal bytes or equal
-pixels. ``draw`` is its place in a random order of those that are searched for near-duplicates, -1
-if it is not. ``accepted`` ones were kept by an earlier search."""
+with whose fate its own is bound, its own rank if it is free. ``copies`` is the rank of the best
+picture with equal bytes or equal pixels. ``draw`` is its place in a random order of those that are
+searched for near-duplicates, -1 if it is not. ``accepted`` ones were kept by an earlier search,
+``settled`` ones removed by it."""
 
 REMOVALS = pa.schema(
     [
@@ -82,12 +81,16 @@ REMOVALS = pa.schema(
         ("key", pa.string()),
         ("duplicate_of", pa.string()),
         ("keeper_dataset", pa.string()),
+        ("keeper_shard", pa.string()),
+        ("keeper_row", pa.int64()),
         ("similarity", pa.float32()),
         ("group", pa.string()),
         ("rule", pa.string()),
     ]
 )
-"""One removed picture; ``place`` is its row in its group of shards, the others as in DUPLICATES."""
+"""One removed picture; ``place`` is its row in its group of shards. ``keeper_dataset`` and the
+columns beside it say where the picture ``duplicate_of`` is, null where only an earlier search knew
+that. The others are as in DUPLICATES."""
 
 DUPLICATES = pa.schema(
     [
@@ -188,6 +191,10 @@ class Described:
             self.vector[rows],
         )
 
+    def in_clusters(self, cluster: Ints) -> "Described":
+        """Return the pictures with other home clusters."""
+        return replace(self, cluster=cluster)
+
     def to_table(self) -> pa.Table:
         """Return the pictures in the form in which they are exchanged.
 
@@ -234,6 +241,18 @@ class Described:
             columns["cluster"].to_numpy().astype(np.int64),
             from_column(columns["embedding"], dimension),
         )
+
+
+def concatenate(parts: Sequence[Described], dimension: int) -> Described:
+    """Return described pictures one part after the other."""
+    if not parts:
+        return Described.from_tables([], dimension)
+    return Described(
+        *(
+            np.concatenate([getattr(part, field.name) for part in parts])
+            for field in fields(Described)
+        )
+    )
 
 
 def key_column(keys: npt.NDArray[np.void]) -> pa.Array:

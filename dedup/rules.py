@@ -62,6 +62,17 @@ class Rules:
             if dataset != AGAINST and any(rule.is_near for rule in row)
         ]
 
+    def look_at_all(self, dataset: int) -> bool:
+        """Tell whether some rule of a dataset needs the thumbnails of all its pictures."""
+        return any(
+            rule.is_near and (rule.second_look == "all" or not rule.mirrored)
+            for rule in self.table[dataset]
+        )
+
+    def look_at_graphics(self, dataset: int) -> bool:
+        """Tell whether some rule of a dataset needs the thumbnails of its graphics."""
+        return any(rule.is_near and rule.second_look == "graphics" for rule in self.table[dataset])
+
     def identity(self) -> dict[str, Any]:
         """Return the rules as JSON values."""
         return {

@@ -1,114 +1,287 @@
-"""Search: all pairs of pictures whose cosine reaches their thresholds.
-
-Each vector lives in its nearest cluster and is compared with those that live in its ``nprobe``
-nearest clusters: one probe alone loses about 10 % of real pairs at the borders, eight lose under
-1 %. With as many probes as clusters the search is exact.
+"""Search: all pairs of pictures that count as near copies, within a cluster.
 
 Cosines are exact numbers, hence the result depends on neither order, blocks, threads nor machine.
 For vectors are stored as float16 of length about 1: a product of two is a multiple of 2^-48, and
 partial sums stay below 2, so float64 adds them without rounding, in whatever order a matrix
-product takes. What remains is one division, a rounding to float32, and the comparison.
+product takes. What remains is one division, a rounding to float32, and the comparison. Few pairs
+are near copies, so a product in float32, twice as fast, says first which can be.
+
+Memory is bounded by the size of blocks, also where all pictures of a cluster are alike: of those
+with equal vectors the best one stands for all, and a picture is compared with better ones, from
+the best on, until it has more neighbours than are kept.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
-from dedup.records import Vectors
+from dedup import second_look
+from dedup.clusters import rounding, vector_hashes
+from dedup.graph import best_edges
+from dedup.records import EDGES, Bools, Described, Floats, Ints, key_column
+from dedup.rules import Rules
 
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
+ROWS, COLUMNS = 2048, 256
+"""Pictures on the two sides of one product of matrices: its result takes 2 MiB."""
 
-BLOCK = 2048
-"""Vectors on each side of one comparison: scores take 32 MiB, whatever a cluster's size."""
+_PAIRS = 1024
+"""Pairs whose vectors or thumbnails are compared one by one at once."""
+
+_DENSE = 1 / 32
+"""Where more than this part of a product is asked for, all of it is faster than one by one."""
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Pairs of rows, ``a`` < ``b``, sorted, each once, with their cosine."""
+class Matches(NamedTuple):
+    """Pairs of a row on the left and a row on the right that are near copies, and their cosine."""
 
-    a: Ints
-    b: Ints
+    left: Ints
+    right: Ints
     similarity: Floats
 
 
-def nearest_clusters(vectors: Vectors, centroids: Vectors, nprobe: int) -> Ints:
-    """Return for each of n float16 vectors its nearest clusters, best first: (n, nprobe).
+def compare(left: Described, right: Described, rules: Rules) -> Matches:
+    """Return all pairs of a picture on the left and one on the right that count as near copies.
 
-    Of equally near clusters the lower number comes first.
+    They reach the threshold of their datasets' rule and pass its second look. A picture is no copy
+    of itself (one of equal rank), nor are two accepted pictures copies. Sorted by row on the left,
+    then on the right.
     """
-    nprobe = min(nprobe, len(centroids))
-    columns = centroids.astype(np.float64).T
-    nearest = np.empty((len(vectors), nprobe), np.int64)
-    for start in range(0, len(vectors), BLOCK):
-        scores = vectors[start : start + BLOCK].astype(np.float64) @ columns
-        nearest[start : start + BLOCK] = np.argsort(-scores, axis=1, kind="stable")[:, :nprobe]
-    return nearest
+    conditions = _Conditions.of(rules)
+    found = [Matches(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))]
+    for rows in _blocks(left, ROWS):
+        found += [_compare(rows, columns, conditions) for columns in _blocks(right, COLUMNS)]
+    i, j, similarity = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+    order = np.lexsort((j, i))
+    return Matches(i[order], j[order], similarity[order])
 
 
-def find_pairs(vectors: Vectors, thresholds: Floats, nearest: Ints) -> Pairs:
-    """Return the pairs whose cosine is at or above the larger of their two thresholds.
+def find_edges(pictures: Described, rules: Rules, max_neighbours: int) -> pa.Table:
+    """Return the EDGES within each cluster of a part, sorted by the worse and the better picture.
 
-    Args:
-        vectors: float16 (n, d) of length about 1.
-        thresholds: float32 (n,), one a vector.
-        nearest: (n, nprobe) as from :func:`nearest_clusters`. Two vectors are compared if one
-            probes the other's home cluster, which is its first.
+    Pictures with equal vectors, for which all rules are the same, get one ``equal`` edge to the
+    best of them, and have no others.
     """
-    found = [
-        _compare(vectors, thresholds, queries, members)
-        for visitors, residents in _clusters(nearest)
-        for queries, members in _comparisons(visitors, residents)
+    stand_ins = _stand_ins(pictures, rules)
+    aside = np.flatnonzero(stand_ins != np.arange(len(pictures)))
+    ones = np.ones(len(aside), np.float32)
+    found = [_edges(pictures, aside, pictures, stand_ins[aside], ones, equal=True)]
+    rows = _searched(pictures, stand_ins)
+    starts = np.flatnonzero(np.diff(pictures.cluster[rows])) + 1
+    for members in np.split(rows, starts):
+        cluster = pictures.take(members)
+        found += _search(cluster, cluster, rules, max_neighbours)
+    return _sorted(found)
+
+
+def find_edges_between(a: Described, b: Described, rules: Rules, max_neighbours: int) -> pa.Table:
+    """Return the EDGES between two parts of one large cluster, sorted likewise."""
+    a, b = (part.take(_searched(part, _stand_ins(part, rules))) for part in (a, b))
+    return _sorted([*_search(a, b, rules, max_neighbours), *_search(b, a, rules, max_neighbours)])
+
+
+def _stand_ins(pictures: Described, rules: Rules) -> Ints:
+    """Return for each picture the row of the best with an equal vector, or its own: (n,).
+
+    Only if they are copies of each other and all rules are the same for both.
+    """
+    stand_ins = np.arange(len(pictures))
+    own_rule_is_near = np.isfinite(_Conditions.of(rules).threshold.diagonal())
+    can_go = own_rule_is_near[pictures.dataset] & ~pictures.accepted
+    _, number, count = np.unique(
+        vector_hashes(pictures.vector), return_inverse=True, return_counts=True
+    )
+    rows = np.flatnonzero(can_go & (count[number] > 1))
+    best: dict[tuple[int, bool, bytes, bytes], int] = {}
+    for row in rows[np.argsort(pictures.rank[rows])].tolist():
+        alike = (
+            int(pictures.dataset[row]),
+            bool(pictures.graphic[row]),
+            pictures.thumbnail[row].tobytes(),
+            pictures.vector[row].tobytes(),
+        )
+        stand_ins[row] = best.setdefault(alike, row)
+    return stand_ins
+
+
+def _searched(pictures: Described, stand_ins: Ints) -> Ints:
+    """Return the rows of the pictures that stand for themselves, by cluster and rank."""
+    order = np.lexsort((pictures.rank, pictures.cluster))
+    return order[stand_ins[order] == order]
+
+
+def _search(
+    worse: Described, better: Described, rules: Rules, max_neighbours: int
+) -> Iterator[pa.Table]:
+    """Yield EDGES of the pictures of one side to better ones of the other, both sorted by rank.
+
+    Better ones come in order, so a picture that has more neighbours than are kept is done.
+    """
+    conditions = _Conditions.of(rules)
+    count = np.zeros(len(worse), np.int64)
+    for rows in _blocks(worse, ROWS):
+        found = [EDGES.empty_table()]
+        asking = rows
+        for columns in _blocks(better, COLUMNS):
+            ranks = worse.rank[asking.rows]
+            asking = asking.take(slice(np.searchsorted(ranks, better.rank[columns.rows[0]]), None))
+            if not len(asking.rows):
+                break
+            i, j, similarity = _compare(asking, columns, conditions)
+            # One more than are kept tells that there are more.
+            counts = better.rank[j] < worse.rank[i]
+            i, j, similarity = i[counts], j[counts], similarity[counts]
+            first = np.arange(len(i)) - np.searchsorted(i, i) + count[i] <= max_neighbours
+            found.append(_edges(worse, i[first], better, j[first], similarity[first]))
+            count += np.bincount(i[first], minlength=len(count))
+            is_done = count[asking.rows] > max_neighbours
+            if is_done.any():
+                asking = asking.take(np.flatnonzero(~is_done))
+        yield best_edges(pa.concat_tables(found), max_neighbours)
+
+
+def _edges(
+    worse: Described,
+    worse_rows: Ints,
+    better: Described,
+    better_rows: Ints,
+    similarity: Floats,
+    *,
+    equal: bool = False,
+) -> pa.Table:
+    columns = [
+        pa.array(better.rank[better_rows]),
+        pa.array(worse.rank[worse_rows]),
+        key_column(better.key[better_rows]),
+        key_column(worse.key[worse_rows]),
+        pa.array(similarity),
+        pa.array(np.full(len(similarity), equal)),
+        pa.array(np.zeros(len(similarity), np.bool_)),
     ]
-    if not found:
-        return Pairs(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
-    a, b, similarity = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    # Two vectors that probe each other's homes are found twice.
-    _, first = np.unique(a * len(vectors) + b, return_index=True)
-    return Pairs(a[first], b[first], similarity[first])
+    return pa.table(columns, schema=EDGES)
 
 
-def _clusters(nearest: Ints) -> Iterator[tuple[Ints, Ints]]:
-    """Yield for each cluster the rows that only visit it, and those that live in it, ascending."""
-    if not nearest.size:
-        return
-    probed = nearest.ravel()
-    order = np.argsort(probed, kind="stable")
-    _, starts = np.unique(probed[order], return_index=True)
-    for places in np.split(order, starts[1:]):
-        rows, probe = np.divmod(places, nearest.shape[1])
-        yield rows[probe > 0], rows[probe == 0]
+def _sorted(found: Sequence[pa.Table]) -> pa.Table:
+    edges = pa.concat_tables([EDGES.empty_table(), *found])
+    return edges.sort_by([("worse", "ascending"), ("better", "ascending")])
 
 
-def _comparisons(visitors: Ints, residents: Ints) -> Iterator[tuple[Ints, Ints]]:
-    """Split one cluster's comparisons into blocks: residents with each other and with visitors."""
-    blocks = [residents[start : start + BLOCK] for start in range(0, len(residents), BLOCK)]
-    for i, queries in enumerate(blocks):
-        for members in blocks[i:]:
-            yield queries, members
-    for start in range(0, len(visitors), BLOCK):
-        for members in blocks:
-            yield visitors[start : start + BLOCK], members
+@dataclass(frozen=True)
+class _Conditions:
+    """The rules as arrays, by the numbers of two datasets: (D, D) each.
+
+    ``threshold`` is float32, and infinite where near copies do not count.
+    """
+
+    threshold: Floats
+    looks_at_all: Bools
+    looks_at_graphics: Bools
+    mirrored: Bools
+
+    @classmethod
+    def of(cls, rules: Rules) -> "_Conditions":
+        table = rules.table
+        threshold = [[rule.threshold if rule.is_near else np.inf for rule in row] for row in table]
+        return cls(
+            np.array(threshold, np.float32),
+            np.array([[rule.second_look == "all" for rule in row] for row in table]),
+            np.array([[rule.second_look == "graphics" for rule in row] for row in table]),
+            np.array([[rule.mirrored for rule in row] for row in table]),
+        )
 
 
-def _compare(
-    vectors: Vectors, thresholds: Floats, queries: Ints, members: Ints
-) -> tuple[Ints, Ints, Floats]:
-    """Compare two blocks; return the pairs that count, the lower row first."""
-    left, right = vectors[queries].astype(np.float64), vectors[members].astype(np.float64)
-    left_lengths, right_lengths = np.linalg.norm(left, axis=1), np.linalg.norm(right, axis=1)
-    lowest = max(thresholds[queries].min(), thresholds[members].min())
-    # Few products reach this, and only they are worth a division; the slack is for its rounding.
-    enough = lowest * left_lengths.min() * right_lengths.min() * (1 - 1e-6)
-    products = left @ right.T
-    candidates = products >= enough
-    if queries is members:  # which has each pair twice, and each vector with itself
-        candidates = np.triu(candidates, k=1)
-    i, j = np.nonzero(candidates)
-    a, b = queries[i], members[j]
-    similarity = (products[i, j] / (left_lengths[i] * right_lengths[j])).astype(np.float32)
-    counts = similarity >= np.maximum(thresholds[a], thresholds[b])
-    a, b = np.minimum(a[counts], b[counts]), np.maximum(a[counts], b[counts])
-    return a, b, similarity[counts]
+@dataclass(frozen=True)
+class _Block:
+    """Some rows of some pictures, with their vectors as float32 and the lengths of these."""
+
+    pictures: Described
+    rows: Ints
+    vectors: Floats
+    lengths: npt.NDArray[np.float64]
+
+    def take(self, places: Ints | slice) -> "_Block":
+        return _Block(self.pictures, self.rows[places], self.vectors[places], self.lengths[places])
+
+
+def _blocks(pictures: Described, size: int) -> Iterator[_Block]:
+    rows = np.arange(len(pictures))
+    for start in range(0, len(pictures), size):
+        vectors = pictures.vector[start : start + size].astype(np.float32)
+        lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
+        yield _Block(pictures, rows[start : start + size], vectors, lengths)
+
+
+def _compare(left: _Block, right: _Block, conditions: _Conditions) -> Matches:
+    """Return the near copies of two blocks, by the rows of their pictures, in order."""
+    one, other = left.pictures, right.pictures
+    i, j = _candidates(left, right, conditions)
+    products = _products(left, right, i, j)
+    similarity = (products / (left.lengths[i] * right.lengths[j])).astype(np.float32)
+    i, j = left.rows[i], right.rows[j]
+    reach = similarity >= conditions.threshold[one.dataset[i], other.dataset[j]]
+    i, j, similarity = i[reach], j[reach], similarity[reach]
+    passed = _second_look(one, other, i, j, conditions)
+    return Matches(i[passed], j[passed], similarity[passed])
+
+
+def _candidates(left: _Block, right: _Block, conditions: _Conditions) -> tuple[Ints, Ints]:
+    """Return the pairs that may reach the lowest threshold of any, for all that float32 can say."""
+    one, other = left.pictures, right.pictures
+    datasets = np.ix_(np.unique(one.dataset[left.rows]), np.unique(other.dataset[right.rows]))
+    lowest = conditions.threshold[datasets].min()
+    if np.isinf(lowest) or (one.accepted[left.rows].all() and other.accepted[right.rows].all()):
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    enough = lowest * left.lengths.min() * right.lengths.min() - rounding(left.vectors.shape[1])
+    is_enough = left.vectors @ right.vectors.T >= np.float32(enough)
+    i, j = np.divmod(np.flatnonzero(is_enough), len(right.rows))
+    a, b = left.rows[i], right.rows[j]
+    can_go = (one.rank[a] != other.rank[b]) & ~(one.accepted[a] & other.accepted[b])
+    return i[can_go], j[can_go]
+
+
+def _products(left: _Block, right: _Block, i: Ints, j: Ints) -> npt.NDArray[np.float64]:
+    """Return the exact products of pairs of vectors."""
+    if len(i) > _DENSE * len(left.rows) * len(right.rows):
+        whole = left.vectors.astype(np.float64) @ right.vectors.astype(np.float64).T
+        return np.asarray(whole[i, j])
+    products = np.empty(len(i))
+    for start in range(0, len(i), _PAIRS):
+        some = slice(start, start + _PAIRS)
+        one, other = left.vectors[i[some]], right.vectors[j[some]]
+        products[some] = np.einsum("ij,ij->i", one, other, dtype=np.float64)
+    return products
+
+
+def _second_look(
+    left: Described, right: Described, i: Ints, j: Ints, conditions: _Conditions
+) -> Bools:
+    """Tell which pairs are copies for their thumbnails too, or need no second look."""
+    datasets = left.dataset[i], right.dataset[j]
+    are_graphics = left.graphic[i] & right.graphic[j]
+    asked = (
+        conditions.looks_at_all[datasets] | conditions.looks_at_graphics[datasets] & are_graphics
+    )
+    mirrored = conditions.mirrored[datasets]
+    passed = ~asked
+    for pairs, may_be_mirrored in ((asked & ~mirrored, False), (asked & mirrored, True)):
+        if pairs.any():
+            passed[pairs] = _agreeing(left, right, i[pairs], j[pairs], may_be_mirrored)
+    straight = np.flatnonzero(passed & ~mirrored)
+    for start in range(0, len(straight), _PAIRS):
+        some = straight[start : start + _PAIRS]
+        passed[some] = ~second_look.is_mirrored(left.thumbnail[i[some]], right.thumbnail[j[some]])
+    return passed
+
+
+def _agreeing(left: Described, right: Described, i: Ints, j: Ints, mirrored: bool) -> Bools:
+    rows, row = np.unique(i, return_inverse=True)
+    columns, column = np.unique(j, return_inverse=True)
+    candidates = np.zeros((len(rows), len(columns)), np.bool_)
+    candidates[row, column] = True
+    agreeing = second_look.agreeing(
+        left.thumbnail[rows], right.thumbnail[columns], candidates, mirrored
+    )
+    return np.asarray(agreeing[row, column])

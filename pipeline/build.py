@@ -21,7 +21,13 @@ STAGES = (
 )
 """The modules of the stages in the order of a build; each has ``run_recipe``."""
 
-CHECKED = ("pipeline.ingest", "dedup.embed", "captioning.caption", "mixing.mix")
+CHECKED = (
+    "pipeline.ingest",
+    "dedup.embed",
+    "dedup.deduplicate",
+    "captioning.caption",
+    "mixing.mix",
+)
 """Those that can refuse a recipe before any work; each has ``check``."""
 
 

@@ -106,37 +106,27 @@ def check(header: Header, num_bytes: int, limits: Limits) -> None:
         raise PictureError(RejectReason.TOO_SMALL, f"{size} pixels")
 
 
-def decode(data: bytes, limits: Limits) -> Pixels:
+def decode(data: bytes, limits: Limits, short_edge_px: int | None = None) -> Pixels:
     """Decode the picture that ``data`` holds to uint8 RGB of shape (height, width, 3).
 
     EXIF orientation is applied, transparency is laid over white, 16-bit samples keep their upper
-    8 bits, CMYK becomes RGB without a profile. The shape is that of :func:`probe`.
+    8 bits, CMYK becomes RGB without a profile. The shape is that of :func:`probe`; but if
+    ``short_edge_px`` is given, a JPEG may come at a half, a quarter or an eighth of its size, as
+    small as it can be while its shorter edge is still so long. That is quicker: what would be
+    averaged away is never computed.
 
     Raises:
         PictureError: for all that is wrong with the bytes, and for a picture outside ``limits``.
     """
-    _, pixels = read(data, limits)
-    return pixels
+    image, header, orientation = _open_within(data, limits)
+    reduction = 1 if short_edge_px is None else _reduction(header, short_edge_px)
+    return _pixels_of(image, header, orientation, reduction)
 
 
 def read(data: bytes, limits: Limits) -> tuple[Header, Pixels]:
     """Return a picture's header and its pixels; as :func:`probe` and :func:`decode`, in one go."""
-    if len(data) > limits.max_bytes:
-        raise PictureError(RejectReason.TOO_MANY_BYTES, f"{len(data)} bytes")
-    image, header, orientation = _open(data)
-    check(header, len(data), limits)
-    with _pillow_errors(header.format):
-        pixels = _jpeg_to_rgb(image) if header.format == "jpeg" else None
-        if pixels is None:
-            image.load()
-            pixels = _to_rgb(image)
-        swap_axes, row_step, column_step = _ORIENTATIONS[orientation]
-        if swap_axes:
-            pixels = pixels.swapaxes(0, 1)
-        pixels = np.ascontiguousarray(pixels[::row_step, ::column_step])
-    if pixels.shape != (header.height, header.width, 3):
-        raise PictureError(RejectReason.UNDECODABLE, "the picture has not the size of its header")
-    return header, pixels
+    image, header, orientation = _open_within(data, limits)
+    return header, _pixels_of(image, header, orientation, reduction=1)
 
 
 def resize_and_crop_square(
@@ -201,6 +191,15 @@ def sha256_of_pixels(pixels: Pixels) -> str:
     return digest.hexdigest()
 
 
+def _open_within(data: bytes, limits: Limits) -> tuple[ImageFile.ImageFile, Header, int]:
+    """Open a picture, as :func:`_open`, and hold what its header says to ``limits``."""
+    if len(data) > limits.max_bytes:
+        raise PictureError(RejectReason.TOO_MANY_BYTES, f"{len(data)} bytes")
+    image, header, orientation = _open(data)
+    check(header, len(data), limits)
+    return image, header, orientation
+
+
 def _open(data: bytes) -> tuple[ImageFile.ImageFile, Header, int]:
     """Return the picture with nothing decoded, its header, and its EXIF orientation (1 to 8)."""
     picture_format = containers.sniff(data)
@@ -229,6 +228,36 @@ def _open(data: bytes) -> tuple[ImageFile.ImageFile, Header, int]:
         width, height = reversed(image.size) if swap_axes else image.size
         animated = animated or bool(getattr(image, "is_animated", False))
     return image, Header(picture_format, width, height, image.mode, animated), orientation
+
+
+def _reduction(header: Header, short_edge_px: int) -> int:
+    """Return by how much a picture may be reduced, for the sizes that libjpeg decodes fastest."""
+    shorter = min(header.width, header.height)
+    return next((by for by in (8, 4, 2) if shorter >= by * short_edge_px), 1)
+
+
+def _pixels_of(
+    image: ImageFile.ImageFile, header: Header, orientation: int, reduction: int
+) -> Pixels:
+    """Decode an opened picture; only a JPEG that libjpeg-turbo takes is reduced."""
+    with _pillow_errors(header.format):
+        pixels = _jpeg_to_rgb(image, reduction) if header.format == "jpeg" else None
+        if pixels is None:
+            reduction = 1
+            image.load()
+            pixels = _to_rgb(image)
+        swap_axes, row_step, column_step = _ORIENTATIONS[orientation]
+        if swap_axes:
+            pixels = pixels.swapaxes(0, 1)
+        pixels = np.ascontiguousarray(pixels[::row_step, ::column_step])
+    expected = _reduced(header.height, reduction), _reduced(header.width, reduction), 3
+    if pixels.shape != expected:
+        raise PictureError(RejectReason.UNDECODABLE, "the picture has not the size of its header")
+    return pixels
+
+
+def _reduced(edge_px: int, reduction: int) -> int:
+    return -(-edge_px // reduction)  # rounded up, as libjpeg does
 
 
 @contextmanager
@@ -269,8 +298,8 @@ def _scale_colour_key(image: PngImageFile) -> None:
             image.info["transparency"] = tuple(value >> 8 for value in key)
 
 
-def _jpeg_to_rgb(image: ImageFile.ImageFile) -> Pixels | None:
-    """Decode a colour or grey JPEG; None is for one that Pillow should rather look at.
+def _jpeg_to_rgb(image: ImageFile.ImageFile, reduction: int) -> Pixels | None:
+    """Decode a colour or grey JPEG, reduced; None is for one that Pillow should rather look at.
 
     Pillow has the same decoder, libjpeg-turbo, but takes a third longer, and keeps its warnings to
     itself. The one that data end too early means that what is missing is grey; others, such as of
@@ -279,7 +308,12 @@ def _jpeg_to_rgb(image: ImageFile.ImageFile) -> Pixels | None:
     if image.mode not in ("RGB", "L") or not isinstance(image.fp, io.BytesIO):
         return None
     try:
-        pixels: Pixels = simplejpeg.decode_jpeg(image.fp.getvalue(), "RGB")
+        pixels: Pixels = simplejpeg.decode_jpeg(
+            image.fp.getvalue(),
+            "RGB",
+            min_height=_reduced(image.height, reduction),
+            min_width=_reduced(image.width, reduction),
+        )
     except ValueError as error:
         if "premature end" in str(error).lower():
             raise PictureError(RejectReason.TRUNCATED, f"jpeg: {error}") from error

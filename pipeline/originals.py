@@ -28,8 +28,12 @@ def read_original(tar_url: str, row: Mapping[str, Any]) -> Pixels:
     return decode_original(tar_url, row, data)
 
 
-def decode_original(tar_url: str, row: Mapping[str, Any], data: bytes) -> Pixels:
+def decode_original(
+    tar_url: str, row: Mapping[str, Any], data: bytes, short_edge_px: int | None = None
+) -> Pixels:
     """Decode the bytes of an index row's picture, which were read from ``tar_url``.
+
+    ``short_edge_px`` is as in :func:`pipeline.images.decode`.
 
     Raises:
         DamagedPictureError: they are not the bytes that were ingested.
@@ -38,7 +42,7 @@ def decode_original(tar_url: str, row: Mapping[str, Any], data: bytes) -> Pixels
     limits = Limits(1, max_pixels=row["width"] * row["height"], max_bytes=row["num_bytes"])
     try:
         if hashlib.sha256(data).hexdigest() == row["sha256"]:
-            return images.decode(data, limits)
+            return images.decode(data, limits, short_edge_px)
         problem = "other bytes than its index says"
     except PictureError as error:
         problem = str(error)

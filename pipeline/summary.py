@@ -36,6 +36,10 @@ class Summary:
         """Serialise; equal summaries give equal bytes."""
         return (json.dumps(asdict(self), sort_keys=True, indent=1) + "\n").encode()
 
+    def digests(self) -> dict[str, str]:
+        """Return the digest of each item's table, by shard."""
+        return {shard: item["digest"] for shard, item in self.items.items()}
+
     @classmethod
     def from_json(cls, data: bytes) -> "Summary":
         """Parse what :meth:`to_json` wrote."""
@@ -133,8 +137,8 @@ def read_summary(root: str, folder: str, dataset: str) -> Summary | None:
     return merge(summaries) if summaries else None
 
 
-def finished_shards(root: str, folder: str, dataset: str, command: str) -> dict[str, str]:
-    """Return the digest of each shard that a finished stage published, by shard name.
+def finished_summary(root: str, folder: str, dataset: str, command: str) -> Summary:
+    """Return the summary of a dataset that a stage has finished.
 
     Raises:
         EvenmixError: the stage has not finished; ``command`` is what finishes it.
@@ -145,7 +149,16 @@ def finished_shards(root: str, folder: str, dataset: str, command: str) -> dict[
             f"{dataset_url(root, folder, dataset)} is missing or not finished; "
             f"run `evenmix {command}` first"
         )
-    return {shard: item["digest"] for shard, item in summary.items.items()}
+    return summary
+
+
+def finished_shards(root: str, folder: str, dataset: str, command: str) -> dict[str, str]:
+    """Return the digest of each shard that a finished stage published, by shard name.
+
+    Raises:
+        EvenmixError: the stage has not finished; ``command`` is what finishes it.
+    """
+    return finished_summary(root, folder, dataset, command).digests()
 
 
 def read_shard(

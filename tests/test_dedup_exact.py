@@ -1,8 +1,8 @@
-"""Groups of exact copies, and who stands for whom."""
+"""Groups of exact copies, and their pairs."""
 
 import numpy as np
 
-from dedup.exact import copy_groups, first_of_equal, pairs_within, stand_ins
+from dedup.exact import copy_groups, first_of_equal, pairs_between
 
 
 def test_equal_bytes_or_equal_pixels_make_a_group() -> None:
@@ -24,22 +24,23 @@ def test_no_pictures() -> None:
     assert first_of_equal(nothing).tolist() == []
 
 
-def test_one_stands_for_its_copies_under_one_threshold() -> None:
-    groups = np.array([0, 1, 0, 0, 1, 0])
-    thresholds = np.array([0.75, np.inf, np.inf, 0.75, np.inf, np.inf], np.float32)
-    representatives = stand_ins(groups, thresholds)
-    assert representatives.tolist() == [0, 1, 2, 0, 1, 2]
-    rows = np.array([0, 1, 2])
-    lower, higher = pairs_within(groups, rows)
-    assert (lower.tolist(), higher.tolist()) == ([0], [2])
+def test_keys_and_hashes_of_16_bytes_that_end_in_zeros() -> None:
+    labels = np.frombuffer(b"a" * 16 + b"a" * 15 + b"\0" + b"a" * 16 + b"\0" * 16, "V16")
+    assert first_of_equal(labels).tolist() == [0, 1, 0, 3]
 
 
-def test_all_pairs_within_groups() -> None:
-    groups = np.array([0, 1, 0, 1, 0, 5])
-    lower, higher = pairs_within(groups, np.arange(6))
+def test_all_pairs_between_two_datasets() -> None:
+    groups = np.array([0, 1, 0, 1, 0, 5, 0])
+    lower, higher = pairs_between(groups, np.array([2, 3, 5]), np.array([6, 0, 1, 4]))
     assert sorted(zip(lower.tolist(), higher.tolist(), strict=True)) == [
         (0, 2),
-        (0, 4),
         (1, 3),
         (2, 4),
+        (2, 6),
     ]
+
+
+def test_no_pairs() -> None:
+    nothing = np.empty(0, np.int64)
+    for a, b in ((nothing, nothing), (np.array([0]), nothing), (np.array([0]), np.array([1]))):
+        assert [side.tolist() for side in pairs_between(np.array([3, 4]), a, b)] == [[], []]

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from dedup import deduplicate, embed
+from dedup import deduplicate, embed, steps
 from demo import photographs
 from pipeline import ingest, storage
 from pipeline.beam_job import RunnerOptions
@@ -34,7 +34,7 @@ def here(stage: Stage, items: list[WorkItem], _: RunnerOptions) -> Mapping[str, 
 
 @pytest.fixture
 def without_beam(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (ingest, embed, deduplicate):
+    for module in (ingest, embed, deduplicate, steps):
         monkeypatch.setattr(module, "run_stage", here)
 
 
@@ -212,13 +212,15 @@ def test_the_same_outcome_in_another_order(
 ) -> None:
     """Other shards, in which other pictures are neighbours, and other batches."""
     build(recipe_of(tmp_path, sources, images={"min_short_edge_px": 64, "records_per_shard": 7}))
-    for name in ("_clusters", "_pairs"):
-        one, other = (
-            storage.read_parquet(str(root / "duplicates" / "sscd" / name / "all.parquet"))
-            for root in (corpus, tmp_path)
-        )
-        assert one.equals(other)
-        assert one.num_rows
+    tables_of_all = [
+        f"exchange/duplicates-sscd/clusters/clustering-{0:02}/all.parquet",
+        f"duplicates/sscd/_graph/range-{0:05}.parquet",
+        *(f"duplicates/sscd/{name}/all.parquet" for name in ("_groups", "_summary", "_recall")),
+    ]
+    for name in tables_of_all:
+        one, other = (storage.read_parquet(str(root / name)) for root in (corpus, tmp_path))
+        assert one.equals(other), name
+        assert one.num_rows, name
     columns = ["key", "duplicate_of", "similarity", "group", "rule"]
     one_by_one = [
         {name: {column: row[column] for column in columns} for name, row in outcomes(root).items()}
@@ -239,7 +241,7 @@ def test_without_near_duplicates_nothing_is_embedded(
     recipe = recipe.model_copy(update={"datasets": exact, "dedup": weights})
     build(recipe)
     assert not (tmp_path / "embeddings").exists()
-    assert not (tmp_path / "duplicates" / "sscd" / "_pairs").exists()
+    assert not (tmp_path / "duplicates" / "sscd" / "_graph").exists()
     rules = {row["rule"] for row in outcomes(tmp_path).values()}
     assert rules == {None, "exact_copy"}
 
@@ -249,16 +251,17 @@ def test_a_corpus_of_which_nothing_was_kept(
 ) -> None:
     build(recipe_of(tmp_path, sources, images={"min_short_edge_px": 10_000}))
     assert outcomes(tmp_path) == {}
-    assert len(tables(tmp_path, "duplicates/sscd")) == 6  # three shards, three of the corpus
+    removed = tables(tmp_path, "duplicates/sscd")["_removed/all"]
+    assert removed.num_rows == 0
 
 
-def test_another_nprobe_wants_another_name(
+def test_other_settings_want_another_name(
     corpus: Path, sources: Path, tmp_path: Path, without_beam: None
 ) -> None:
-    for family in ("images", "embeddings", "duplicates"):
+    for family in ("images", "embeddings", "duplicates", "exchange"):
         shutil.copytree(corpus / family, tmp_path / family)
-    recipe = recipe_of(tmp_path, sources, dedup={"nprobe": 4})
-    with pytest.raises(EvenmixError, match=r"_pairs/all.*config\.nprobe: 8 -> 4.*another name"):
+    recipe = recipe_of(tmp_path, sources, dedup={"max_neighbours": 4})
+    with pytest.raises(EvenmixError, match=r"part-00000.*max_neighbours: 64 -> 4.*another name"):
         deduplicate.run_recipe(recipe, TWO_WORKERS)
 
 

@@ -70,8 +70,11 @@ def test_long_chain() -> None:
     np.testing.assert_array_equal(np.flatnonzero(kept), np.arange(0, 2_001, 2))
 
 
-def test_declared_order_is_pixels_then_bytes_then_key() -> None:
-    num_pixels = np.array([100, 400, 400, 400])
-    num_bytes = np.array([9, 5, 7, 5])
-    keys = np.array([b"a", b"d", b"c", b"b"])
-    assert declared_order(num_pixels, num_bytes, keys).tolist() == [2, 3, 1, 0]
+def test_declared_order_is_level_then_pixels_bytes_priority_key() -> None:
+    level = np.array([2, 2, 2, 2, 2, 1])
+    num_pixels = np.array([100, 400, 400, 400, 400, 1])
+    num_bytes = np.array([9, 5, 7, 5, 5, 1])
+    priority = np.array([0, 1, 1, 0, 1, 1])
+    keys = np.frombuffer(b"".join(bytes([letter]) * 16 for letter in b"adcfeb"), "V16")
+    order = declared_order(level, num_pixels, num_bytes, priority, keys)
+    assert order.tolist() == [5, 2, 3, 1, 4, 0]

@@ -1,22 +1,26 @@
-"""Exact copies, near-duplicates and repeated ids in one graph, against the plain definition."""
+"""Exact copies, near-duplicates, accepted and evaluation pictures in one graph.
+
+Random corpora are compared with the plain definition: walk from the best picture to the worst, and
+keep what is like none that is kept.
+"""
 
 import hashlib
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import pytest
 
-from dedup.deduplicate import removals
-from dedup.pictures import EXACT_ONLY, Pictures, read_pictures
-from dedup.records import PAIRS
-from pipeline import storage
-from pipeline.records import INDEX
+from dedup.pictures import ACCEPTED, EVALUATION, NEW, Facts, who_is_who
+from dedup.removals import CONTAMINATED, EXACT, NEAR, Edges, Graph, choose_removals
+from dedup.rules import AGAINST, Rule, Rules
 
-THRESHOLDS = {"loose": 0.75, "strict": 0.9, "graphics": EXACT_ONLY}
+THRESHOLDS = {"exact": 2.0, "loose": 0.75, "off": 3.0, "strict": 0.9, AGAINST: 0.0}
+"""The least cosine of copies; 2 stands for exact copies only, 3 for none."""
+
 NUM_CONTENTS = 12
+Cosines = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -28,151 +32,229 @@ class Picture:
     content: int
     file: int
     num_pixels: int
+    level: int = NEW
+    settled_for: str = ""
 
     @property
-    def rank(self) -> tuple[int, int, str]:
-        return (-self.num_pixels, -self.file, self.key)
+    def order(self) -> tuple[int, int, int, str]:
+        return (self.level, -self.num_pixels, -self.file, self.key)
 
 
-def write(root: Path, pictures: list[Picture], shards_per_dataset: int) -> Pictures:
-    """Write the pictures' image indexes, and read them as dedup does."""
-    shards = []
-    for dataset in sorted(THRESHOLDS):
-        own = [picture for picture in pictures if picture.dataset == dataset]
-        for number in range(shards_per_dataset):
-            rows = [
-                dict.fromkeys(INDEX.names)
-                | {
-                    "key": picture.key,
-                    "width": picture.num_pixels,
-                    "height": 1,
-                    "num_bytes": picture.file,
-                    "sha256": hashlib.sha256(
-                        b"%d %d" % (picture.content, picture.file)
-                    ).hexdigest(),
-                    "pixels_sha256": hashlib.sha256(b"%d" % picture.content).hexdigest(),
-                }
-                for picture in own[number::shards_per_dataset]
-            ]
-            table = pa.Table.from_pylist(rows, schema=INDEX)
-            url = storage.join(str(root), "images", dataset, f"{number}.parquet")
-            assert storage.publish(url, storage.parquet_bytes(table, {}))
-            shards.append((dataset, str(number)))
-    return read_pictures(str(root), shards, THRESHOLDS)
+def rule_of(a: str, b: str) -> Rule:
+    threshold = max(THRESHOLDS[a], THRESHOLDS[b])
+    if AGAINST in (a, b) and threshold == 3:
+        return Rule("exact", 1.0, "none", True)
+    if threshold >= 2:
+        return Rule("exact" if threshold == 2 else "off", 1.0, "none", True)
+    return Rule("near", threshold, "none", True)
 
 
-def some_pictures(rng: np.random.Generator) -> list[Picture]:
-    # Equal pixels have equal sizes.
-    sizes = rng.choice([100, 200], NUM_CONTENTS)
-    return [
-        Picture(
-            dataset=str(rng.choice(list(THRESHOLDS))),
-            key=hashlib.sha256(b"%d" % i).hexdigest()[:32],
-            content=(content := int(rng.integers(0, NUM_CONTENTS))),
-            file=int(rng.integers(1, 3)),
-            num_pixels=int(sizes[content]),
-        )
-        for i in range(30)
+NAMES = tuple(THRESHOLDS)
+RULES = Rules(NAMES, tuple(tuple(rule_of(a, b) for b in NAMES) for a in NAMES))
+
+
+def hashes(labels: Sequence[str]) -> npt.NDArray[np.void]:
+    digests = b"".join(hashlib.sha256(label.encode()).digest()[:16] for label in labels)
+    return np.frombuffer(digests, "V16")
+
+
+def keys(pictures: Sequence[str]) -> npt.NDArray[np.void]:
+    return np.frombuffer(bytes.fromhex("".join(key or "0" * 32 for key in pictures)), "V16")
+
+
+def facts_of(pictures: Sequence[Picture]) -> Facts:
+    return Facts(
+        key=keys([picture.key for picture in pictures]),
+        num_pixels=np.array([picture.num_pixels for picture in pictures]),
+        num_bytes=np.array([picture.file for picture in pictures]),
+        sha256=hashes([f"{picture.content} {picture.file}" for picture in pictures]),
+        pixels_sha256=hashes([f"{picture.content}" for picture in pictures]),
+        dataset=np.array([NAMES.index(picture.dataset) for picture in pictures]),
+        level=np.array([picture.level for picture in pictures]),
+        settled=np.array([bool(picture.settled_for) for picture in pictures]),
+        keeper=keys([picture.settled_for for picture in pictures]),
+    )
+
+
+def similarity(a: Picture, b: Picture, cosines: Cosines) -> float | None:
+    """Return how alike two pictures are, or None if that does not count: the definition."""
+    rule = RULES.between(NAMES.index(a.dataset), NAMES.index(b.dataset))
+    if ACCEPTED == a.level == b.level or EVALUATION == a.level == b.level:
+        return None
+    if a.content == b.content:
+        return 1.0 if rule.is_exact else None
+    cosine = float(cosines[a.content, b.content])
+    return cosine if rule.is_near and cosine >= rule.threshold else None
+
+
+@dataclass(frozen=True)
+class Removed:
+    duplicate_of: Picture
+    similarity: float
+    rule: int
+
+
+def removed_of(
+    pictures: Sequence[Picture], cosines: Cosines, *, remove_contamination: bool = True
+) -> Mapping[Picture, Removed]:
+    """Do what the stages do, with the search replaced by a look at every pair that is searched."""
+    table = who_is_who(facts_of(pictures), RULES, [], seed=0)
+    rank = table["rank"].to_numpy()
+    at = np.argsort(rank)
+    searched = [i for i in at if table["draw"][int(i)].as_py() >= 0]
+    near = [
+        (rank[a], rank[b], alike)
+        for place, b in enumerate(searched)
+        for a in searched[:place]
+        if (alike := similarity(pictures[a], pictures[b], cosines)) is not None
+        if pictures[a].content != pictures[b].content
     ]
+    columns = np.array(near, np.float64).reshape(-1, 3)
+    nothing = np.empty(0, np.int64)
+    graph = Graph(
+        stand_in=table["stand_in"].to_numpy()[at],
+        copies=table["copies"].to_numpy()[at],
+        dataset=np.array([NAMES.index(pictures[i].dataset) for i in at]),
+        accepted=table["accepted"].to_numpy()[at],
+        settled=table["settled"].to_numpy()[at],
+        near=Edges(
+            columns[:, 0].astype(np.int64),
+            columns[:, 1].astype(np.int64),
+            columns[:, 2].astype(np.float32),
+        ),
+        equal=Edges(nothing, nothing, np.empty(0, np.float32)),
+        num_evaluation=sum(picture.level == EVALUATION for picture in pictures),
+    )
+    chosen = choose_removals(graph, RULES, remove_contamination=remove_contamination)
+    return {
+        pictures[at[removed]]: Removed(pictures[at[keeper]], float(alike), int(rule))
+        for removed, keeper, alike, rule in zip(
+            chosen.removed, chosen.duplicate_of, chosen.similarity, chosen.rule, strict=True
+        )
+    }
 
 
-def some_cosines(rng: np.random.Generator) -> npt.NDArray[np.float32]:
+def some_pictures(rng: np.random.Generator, levels: Sequence[int]) -> list[Picture]:
+    sizes = rng.choice([100, 200], NUM_CONTENTS)  # equal pixels have equal sizes
+    pictures = []
+    for number in range(40):
+        level = int(rng.choice(levels))
+        content = int(rng.integers(0, NUM_CONTENTS))
+        dataset = AGAINST if level == EVALUATION else str(rng.choice(NAMES[:-1]))
+        key = hashlib.sha256(b"%d" % number).hexdigest()[:32]
+        file = int(rng.integers(1, 3))
+        pictures.append(Picture(dataset, key, content, file, int(sizes[content]), level))
+    return pictures
+
+
+def some_cosines(rng: np.random.Generator) -> Cosines:
     cosines = rng.choice(
         np.array([0.1, 0.8, 0.95], np.float32), (NUM_CONTENTS, NUM_CONTENTS), p=[0.8, 0.1, 0.1]
     )
-    cosines = np.asarray(np.maximum(cosines, cosines.T))
-    np.fill_diagonal(cosines, 1)
-    return cosines
+    return np.asarray(np.maximum(cosines, cosines.T), np.float32)
 
 
-def similarity(a: Picture, b: Picture, cosines: npt.NDArray[np.float32]) -> np.float32 | None:
-    """Return how alike two pictures are, or None if that does not count: the definition."""
-    if a.content == b.content:
-        return np.float32(1)
-    cosine: np.float32 = cosines[a.content, b.content]
-    return cosine if cosine >= max(THRESHOLDS[a.dataset], THRESHOLDS[b.dataset]) else None
-
-
-def pairs_of(
-    pictures: Pictures, by_key: dict[str, Picture], cosines: npt.NDArray[np.float32]
-) -> pa.Table:
-    keys = [key.decode() for key in pictures.key[pictures.to_compare()].tolist()]
-    assert keys == sorted(keys)
-    rows = [
-        {"key_a": a, "key_b": b, "similarity": alike}
-        for a in keys
-        for b in keys
-        if a < b and (alike := similarity(by_key[a], by_key[b], cosines)) is not None
-    ]
-    return pa.Table.from_pylist(rows, schema=PAIRS)
+def kept_of(pictures: Sequence[Picture], cosines: Cosines) -> list[Picture]:
+    kept: list[Picture] = []
+    for picture in sorted(pictures, key=lambda picture: picture.order):
+        if all(similarity(other, picture, cosines) is None for other in kept):
+            kept.append(picture)
+    return kept
 
 
 @pytest.mark.parametrize("seed", range(25))
-def test_random_corpora(tmp_path: Path, seed: int) -> None:
+def test_random_corpora(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    corpus, cosines = some_pictures(rng), some_cosines(rng)
-    by_key = {picture.key: picture for picture in corpus}
-    kept: list[Picture] = []
-    for picture in sorted(corpus, key=lambda picture: picture.rank):
-        if all(similarity(other, picture, cosines) is None for other in kept):
-            kept.append(picture)
-    expected = {}
-    for picture in corpus:
-        if picture in kept:
-            continue
-        # Copies under one rule go together, so it is the best of them that finds the keeper.
-        same = [p for p in corpus if (p.content, p.dataset) == (picture.content, picture.dataset)]
-        first = min(same, key=lambda picture: picture.rank)
-        better = [other for other in kept if other.rank < first.rank]
-        keepers = [first] if first in kept else better
-        alike = [similarity(picture, other, cosines) for other in keepers]
-        expected[picture.key] = max(cosine for cosine in alike if cosine is not None)
-
-    shuffled = [corpus[i] for i in rng.permutation(len(corpus))]
-    for number, order in enumerate([corpus, shuffled]):
-        pictures = write(tmp_path / str(number), order, shards_per_dataset=1 + number)
-        table = removals(pictures, pairs_of(pictures, by_key, cosines))
-        rows = table.to_pylist()
-        assert {row["key"]: row["similarity"] for row in rows} == expected
-        places = [(row["dataset"], row["shard"], row["row"]) for row in rows]
-        assert places == sorted(set(places))
-        for row in rows:
-            removed, keeper = by_key[row["key"]], by_key[row["duplicate_of"]]
+    corpus, cosines = some_pictures(rng, [ACCEPTED, NEW, NEW]), some_cosines(rng)
+    kept = kept_of(corpus, cosines)
+    for order in (corpus, [corpus[i] for i in rng.permutation(len(corpus))]):
+        removed = removed_of(order, cosines)
+        assert removed.keys() == set(corpus) - set(kept)
+        assert not any(picture.level == ACCEPTED for picture in removed)
+        for picture, outcome in removed.items():
+            keeper = outcome.duplicate_of
             assert keeper in kept
-            assert keeper.rank < removed.rank
-            assert row["similarity"] == similarity(removed, keeper, cosines)
-            is_copy = removed.content == keeper.content
-            assert row["rule"] == ("exact_copy" if is_copy else "near_duplicate")
+            assert keeper.order < picture.order
+            assert outcome.similarity == pytest.approx(similarity(picture, keeper, cosines))
+            assert outcome.rule == (EXACT if picture.content == keeper.content else NEAR)
 
 
-def test_a_million_copies_would_make_no_pairs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("seed", range(25))
+def test_contamination_takes_whole_groups(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    corpus, cosines = some_pictures(rng, [EVALUATION, ACCEPTED, *[NEW] * 8]), some_cosines(rng)
+    evaluation = [picture for picture in corpus if picture.level == EVALUATION]
+    own = [picture for picture in corpus if picture.level != EVALUATION]
+    without = removed_of(own, cosines)
+    reported = removed_of(corpus, cosines, remove_contamination=False)
+    assert reported == without
+
+    def likest(picture: Picture) -> float:
+        return max((similarity(e, picture, cosines) or 0 for e in evaluation), default=0)
+
+    def keeper_of(picture: Picture) -> Picture:
+        return without[picture].duplicate_of if picture in without else picture
+
+    tainted = {keeper_of(picture) for picture in own if likest(picture)}
+    removed = removed_of(corpus, cosines)
+    assert removed.keys() == without.keys() | {p for p in own if keeper_of(p) in tainted}
+    for picture, outcome in removed.items():
+        if keeper_of(picture) not in tainted:
+            assert outcome == without[picture]
+            continue
+        assert outcome.rule == CONTAMINATED
+        assert outcome.duplicate_of in evaluation
+        if likest(picture):
+            assert outcome.similarity == pytest.approx(likest(picture))
+        else:
+            assert np.isnan(outcome.similarity)
+
+
+def test_a_million_copies_would_make_no_pairs() -> None:
     copies = [Picture("loose", f"{i:032x}", 0, file=1, num_pixels=9) for i in range(1_000)]
-    pictures = write(tmp_path, copies, shards_per_dataset=3)
-    assert len(pictures.to_compare()) == 1
-    table = removals(pictures, PAIRS.empty_table())
-    assert table.num_rows == 999
-    assert set(table["duplicate_of"].to_pylist()) == {f"{0:032x}"}
+    table = who_is_who(facts_of(copies), RULES, [], seed=0)
+    assert [draw for draw in table["draw"].to_pylist() if draw >= 0] == [0]
+    removed = removed_of(copies, some_cosines(np.random.default_rng(0)))
+    assert len(removed) == 999
+    assert {outcome.duplicate_of for outcome in removed.values()} == {copies[0]}
 
 
-def test_a_dataset_of_exact_copies_only_keeps_what_is_merely_similar(tmp_path: Path) -> None:
+def test_a_dataset_of_exact_copies_only_keeps_what_is_merely_similar() -> None:
     best = Picture("loose", "a" * 32, content=0, file=1, num_pixels=200)
     near = Picture("loose", "b" * 32, content=1, file=2, num_pixels=100)
-    copy_of_near = Picture("graphics", "c" * 32, content=1, file=1, num_pixels=100)
-    corpus = [best, near, copy_of_near]
-    cosines = np.full((2, 2), 0.8, np.float32)
-    pictures = write(tmp_path, corpus, shards_per_dataset=1)
-    pairs = pairs_of(pictures, {picture.key: picture for picture in corpus}, cosines)
-    rows = removals(pictures, pairs).to_pylist()
+    copy_of_near = Picture("exact", "c" * 32, content=1, file=1, num_pixels=100)
+    removed = removed_of([best, near, copy_of_near], np.full((2, 2), 0.8, np.float32))
     # What its copy lost against is no copy of it.
-    assert [(row["key"], row["duplicate_of"]) for row in rows] == [(near.key, best.key)]
+    assert {p: outcome.duplicate_of for p, outcome in removed.items()} == {near: best}
 
 
-def test_of_a_repeated_id_the_first_counts(tmp_path: Path) -> None:
+def test_of_a_repeated_id_the_first_counts() -> None:
     first = Picture("loose", "a" * 32, content=0, file=1, num_pixels=1)
     again = Picture("loose", "a" * 32, content=1, file=9, num_pixels=900)
     alike = Picture("loose", "b" * 32, content=1, file=1, num_pixels=900)
-    pictures = write(tmp_path, [first, again, alike], shards_per_dataset=1)
-    (row,) = removals(pictures, PAIRS.empty_table()).to_pylist()
-    assert (row["row"], row["key"], row["duplicate_of"], row["rule"]) == (
-        1, first.key, first.key, "exact_copy",
-    )  # fmt: skip
+    removed = removed_of([first, again, alike], np.zeros((2, 2), np.float32))
+    assert removed == {again: Removed(first, 1.0, EXACT)}
+
+
+def test_what_an_earlier_search_removed_stays_out_and_takes_no_part() -> None:
+    keeper = Picture("loose", "a" * 32, 0, file=1, num_pixels=9, level=ACCEPTED)
+    settled = Picture("loose", "b" * 32, 1, 1, 900, level=ACCEPTED, settled_for=keeper.key)
+    copy = Picture("loose", "c" * 32, content=1, file=1, num_pixels=900)
+    cosines = np.zeros((3, 3), np.float32)
+    # It is no keeper of its own copies, and its own row is the earlier search's.
+    assert removed_of([keeper, settled, copy], cosines) == {}
+    # If what it went for is contaminated, so is it.
+    evaluation = Picture(AGAINST, "d" * 32, 0, 1, 9, level=EVALUATION)
+    removed = removed_of([keeper, settled, copy, evaluation], cosines)
+    assert {p: outcome.rule for p, outcome in removed.items()} == {
+        keeper: CONTAMINATED,
+        settled: CONTAMINATED,
+    }
+
+
+def test_priority_decides_between_equals() -> None:
+    one = Picture("loose", "a" * 32, content=0, file=1, num_pixels=9)
+    other = replace(one, dataset="strict", key="b" * 32)
+    for priority, best in ((["strict"], [1, 0]), (["loose"], [0, 1]), ([], [0, 1])):
+        table = who_is_who(facts_of([one, other]), RULES, priority, seed=0)
+        assert table["rank"].to_pylist() == best

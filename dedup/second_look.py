@@ -1,0 +1,208 @@
+"""The second look: do two pictures show the same, cell by cell?
+
+SSCD takes different pages of text, charts and codes for copies of each other. Where a cosine is
+not enough (:mod:`dedup.rules`), small thumbnails of both pictures must agree as well: encoding and
+resizing change all cells a little, another word or bar changes a few of them much. The price is
+that a copy of a graphic which is cropped, padded or grey does not count.
+
+The outcome is the same on every machine, in every block size, and whichever picture comes first:
+sums are of integers that float32 and float64 hold exactly, the rest is done cell by cell.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from dedup.records import Bools
+from pipeline.images import Pixels
+
+Thumbnails = npt.NDArray[np.int8]
+"""Thumbnails, one a row: (n, 1536)."""
+
+_GREATEST = 104
+"""Thumbnails have values from -104 to 104, so that products of two are exact in float32: sums of
+1536 stay below 2^24. Black to white is 208 units."""
+
+_SIDE, _CHROMA_SIDE = 32, 16
+_CELLS = _SIDE**2
+
+# All in units, from tests/rendered_pictures.py: what copies differ by at most (half size, JPEG
+# quality 75, 30 and 10, half size and quality 30), and different pictures at least.
+_MOST_IN_BRIGHTNESS = 5.0  # of the mean; copies 4.2, since JPEG clips what rings around letters
+_MOST_IN_CONTRAST = 1.25  # ratio; copies 1.22, for the same reason
+_MOST_ON_AVERAGE = 2.2  # root mean square; copies 2.0, pages of the same layout 3.8
+_MOST_IN_CHROMA = 9  # a cell; copies 8, colours with one channel 51 levels away 16
+
+
+def _most_in_a_cell(contrast: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return the greatest difference of a cell of luminance in copies of a certain contrast.
+
+    Pages have a contrast of 11 to 16: copies differ by 5.0 at most, those of half size and quality
+    30 by 7.0, and pages with other words on one of thirty lines by 5.8 at least. Charts have 41 to
+    62, copies differ by 8.3. Pale pages have 3 to 5, and other words differ by 2.0.
+    """
+    return np.minimum(0.5 + 0.43 * contrast, 4.75 + 0.06 * contrast)
+
+
+_SAMPLES = 128
+_WINDOW_LEVELS = 8
+_GRAPHIC_SHARE = 0.5
+"""Rendered pictures and their copies have 0.59 at least. Photographs have 0.5 at most, unless
+their ground is plain: scikit-image's cell and Hubble deep field have 0.7, the others up to 0.5."""
+
+_MIRRORED_MARGIN = 0.1
+"""A difference of two correlations: 98 % of mirrored tiles of photographs and all mirrored pages
+and headlines have more, 91 % of those that are also cropped to 70 %; of copies that are cropped to
+half, padded or turned, but not mirrored, 0.8 % have."""
+
+_PAIRS_AT_ONCE = 4096
+"""Pairs whose cells are compared at once, in about 100 MB."""
+
+
+def thumbnail(pixels: Pixels) -> Thumbnails:
+    """Return a picture in 1,536 numbers: luminance 32 x 32, then Cb and Cr 16 x 16 each.
+
+    ``pixels`` are uint8 RGB (height, width, 3) of any size; the aspect is lost.
+    """
+    # Pillow's box filter takes or leaves whole pixels; Hamming's window has no such jumps, so that
+    # half a picture gives the same. The gap halves the time.
+    size = (_SIDE, _SIDE)
+    small = Image.fromarray(pixels).resize(size, Image.Resampling.HAMMING, reducing_gap=8)
+    y, cb, cr = np.moveaxis(np.asarray(small.convert("YCbCr")).astype(np.int64), 2, 0)
+    blocks = (_CHROMA_SIDE, 2, _CHROMA_SIDE, 2)
+    quarters = [chroma.reshape(blocks).sum(axis=(1, 3)).ravel() for chroma in (cb, cr)]
+    # Y is 0 to 255; a quarter has four chromas from 0 to 255, and grey is 512. Halves round up.
+    luminance = ((2 * y.ravel() - 255) * 2 * _GREATEST + 255) // 510
+    chroma = ((np.concatenate(quarters) - 512) * 2 * _GREATEST + 512) // 1024
+    return np.concatenate([luminance, chroma]).astype(np.int8)
+
+
+def is_graphic(pixels: Pixels) -> bool:
+    """Tell whether a picture is one of text, charts or plain graphics.
+
+    That is one in which two narrow ranges of luminance, ground and ink, have half of the pixels.
+    A photograph on plain ground can be one as well.
+    """
+    height, width, _ = pixels.shape
+    places = np.arange(_SAMPLES)
+    sample = pixels[(places * height // _SAMPLES)[:, np.newaxis], places * width // _SAMPLES]
+    counts = np.array(Image.fromarray(sample).convert("L").histogram())
+    most = 0
+    for _ in range(2):
+        windows = np.convolve(counts, np.ones(_WINDOW_LEVELS, np.int64), "valid")
+        start = int(windows.argmax())
+        most += int(windows[start])
+        counts[start : start + _WINDOW_LEVELS] = 0
+    return most >= _GRAPHIC_SHARE * _SAMPLES**2
+
+
+def agreeing(left: Thumbnails, right: Thumbnails, candidates: Bools, mirrored: bool) -> Bools:
+    """Return those of the ``candidates``, bool (n, m), whose thumbnails are of one picture.
+
+    With ``mirrored`` one may be the mirror image of the other.
+    """
+    agree = _agreeing(left, right, candidates)
+    if mirrored:
+        agree |= _agreeing(_flipped(left), right, candidates & ~agree)
+    return agree
+
+
+def is_mirrored(left: Thumbnails, right: Thumbnails) -> Bools:
+    """Tell for each of k pairs whether ``right`` is rather the mirror image of ``left``.
+
+    A picture that is much like its own mirror image is not.
+    """
+    starts = range(0, len(left), _PAIRS_AT_ONCE)
+    parts = [slice(start, start + _PAIRS_AT_ONCE) for start in starts]
+    mirrored = [_lead_of_mirrored(left[part], right[part]) > _MIRRORED_MARGIN for part in parts]
+    return np.concatenate([np.zeros(0, np.bool_), *mirrored])
+
+
+@dataclass(frozen=True)
+class _Luminance:
+    """The luminance of n pictures: values float32 (n, 1024); mean and contrast (n,).
+
+    The contrast is the standard deviation; one below 1 is that of a plain colour, and counts as 1.
+    """
+
+    values: npt.NDArray[np.float32]
+    mean: npt.NDArray[np.float64]
+    contrast: npt.NDArray[np.float64]
+
+    @classmethod
+    def of(cls, thumbnails: Thumbnails) -> "_Luminance":
+        values = thumbnails[:, :_CELLS].astype(np.float32)
+        mean = values.sum(axis=1, dtype=np.float64) / _CELLS
+        variance = (values**2).sum(axis=1, dtype=np.float64) / _CELLS - mean**2
+        return cls(values, mean, np.sqrt(np.maximum(variance, 1)))
+
+    def normalised(self) -> npt.NDArray[np.float64]:
+        """Return the values with mean 0 and contrast 1."""
+        return (self.values - self.mean[:, np.newaxis]) / self.contrast[:, np.newaxis]
+
+
+def _agreeing(left: Thumbnails, right: Thumbnails, candidates: Bools) -> Bools:
+    """Return the candidates that agree as they are, not mirrored."""
+    rows, columns = (np.flatnonzero(candidates.any(axis=axis)) for axis in (1, 0))
+    alike = _alike_on_average(left[rows], right[columns]) & candidates[np.ix_(rows, columns)]
+    i, j = np.nonzero(alike)
+    agree = np.zeros_like(candidates)
+    for start in range(0, len(i), _PAIRS_AT_ONCE):
+        a, b = rows[i[start : start + _PAIRS_AT_ONCE]], columns[j[start : start + _PAIRS_AT_ONCE]]
+        agree[a, b] = _alike_everywhere(left[a], right[b])
+    return agree
+
+
+def _alike_on_average(left: Thumbnails, right: Thumbnails) -> Bools:
+    """Compare the luminance of n with m pictures, by one matrix product: bool (n, m).
+
+    With contrasts s and t and the covariance c, and each picture brought to the contrast sqrt(st),
+    the mean square of the difference is 2 (st - c).
+    """
+    a, b = _Luminance.of(left), _Luminance.of(right)
+    second_moments = (a.values @ b.values.T).astype(np.float64) / _CELLS
+    enough = np.outer(a.mean, b.mean) + np.outer(a.contrast, b.contrast) - _MOST_ON_AVERAGE**2 / 2
+    near = np.abs(np.subtract.outer(a.mean, b.mean)) <= _MOST_IN_BRIGHTNESS
+    alike: Bools = near & (second_moments >= enough)
+    return alike
+
+
+def _alike_everywhere(left: Thumbnails, right: Thumbnails) -> Bools:
+    """Compare k pairs cell by cell, luminance after brightness and contrast are fitted."""
+    a, b = _Luminance.of(left), _Luminance.of(right)
+    ratio = np.maximum(a.contrast, b.contrast) / np.minimum(a.contrast, b.contrast)
+    contrast = np.sqrt(a.contrast * b.contrast)
+    luminance = np.abs(a.normalised() - b.normalised()).max(axis=1) * contrast
+    chroma = np.abs(left[:, _CELLS:].astype(np.int16) - right[:, _CELLS:]).max(axis=1)
+    alike: Bools = (
+        (ratio <= _MOST_IN_CONTRAST)
+        & (luminance <= _most_in_a_cell(contrast))
+        & (chroma <= _MOST_IN_CHROMA)
+    )
+    return alike
+
+
+def _lead_of_mirrored(left: Thumbnails, right: Thumbnails) -> npt.NDArray[np.float64]:
+    """Return how much better than ``left`` its mirror image correlates with ``right``: (k,)."""
+    a, b, flipped = (part.astype(np.int32) for part in (left, right, _flipped(left)))
+    lead = np.einsum("ij,ij->i", flipped - a, b).astype(np.float64)
+    return lead / np.sqrt(np.maximum(_spread(a) * _spread(b), 1))
+
+
+def _spread(values: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
+    """Return the sum of squared distances from the means of luminance, Cb and Cr."""
+    spread = np.zeros(len(values))
+    for plane in np.split(values, [_CELLS, _CELLS + _CHROMA_SIDE**2], axis=1):
+        total = plane.sum(axis=1, dtype=np.float64)
+        spread += np.einsum("ij,ij->i", plane, plane) - total**2 / plane.shape[1]
+    return spread
+
+
+def _flipped(thumbnails: Thumbnails) -> Thumbnails:
+    """Return the thumbnails of the mirror images."""
+    luminance = thumbnails[:, :_CELLS].reshape(-1, _SIDE, _SIDE)[:, :, ::-1]
+    chromas = thumbnails[:, _CELLS:].reshape(-1, 2, _CHROMA_SIDE, _CHROMA_SIDE)[:, :, :, ::-1]
+    parts = (luminance.reshape(-1, _CELLS), chromas.reshape(len(thumbnails), -1))
+    return np.concatenate(parts, axis=1)
