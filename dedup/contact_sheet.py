@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 from pipeline.images import Pixels
 from pipeline.printable import printable
 
-PICTURE_PX = 224
-"""The longer edge of a picture on the sheet."""
+PICTURE_PX = 240
+"""The longer edge of a picture on the sheet, and about the width of a key."""
 
 MAX_COLUMNS = 8
 
@@ -89,7 +89,7 @@ def _draw_tile(
 def _shortened(line: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     """Return a line that is no wider than a picture; its middle goes first."""
     line = printable(line).replace("\n", " ")
-    half = len(line) // 2
+    half = min(len(line) // 2, PICTURE_PX // 4)  # no letter is narrower than two pixels
     shown = line
     while half > 1 and font.getlength(shown) > PICTURE_PX:
         half -= 1

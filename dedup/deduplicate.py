@@ -14,6 +14,7 @@ from dedup import against, embed
 from dedup.corpus import ALL, Search, Shard, group_shards
 from dedup.near_duplicates import Found, Searched, find_near_duplicates
 from dedup.outcome_stages import (
+    CONTAMINATION,
     GROUPS,
     RECALL,
     REMOVED,
@@ -23,7 +24,7 @@ from dedup.outcome_stages import (
     WriteOutcome,
 )
 from dedup.pictures import OrderPictures
-from dedup.recall import measures_of, recall_table
+from dedup.recall import recall_table
 from dedup.report import summary_table
 from dedup.rules import AGAINST, rules_of
 from dedup.show import draw_largest, show
@@ -175,7 +176,10 @@ def _report(
     runner: RunnerOptions,
 ) -> None:
     """Make the tables of the report."""
-    items = [WorkItem(name, ALL, inputs, payload) for name in (REMOVED, GROUPS, SUMMARY)]
+    names = [REMOVED, GROUPS, SUMMARY]
+    if AGAINST in search.rules.datasets:
+        names.append(CONTAMINATION)
+    items = [WorkItem(name, ALL, inputs, payload) for name in names]
     if found is not None:
         truth = {
             "truth": found.truth.urls,
@@ -216,8 +220,16 @@ def _show_report(recipe: Recipe, search: Search, found: Found | None) -> None:
     """Print what was removed and what was missed, and draw the largest groups."""
     console.print(summary_table(storage.read_parquet(search.outcome_url(SUMMARY))))
     if found is not None:
-        measures = measures_of(storage.read_parquet(search.outcome_url(RECALL)))
-        console.print(recall_table(measures))
+        console.print(recall_table(storage.read_parquet(search.outcome_url(RECALL))))
+    if AGAINST in search.rules.datasets:
+        url = search.outcome_url(CONTAMINATION)
+        number = storage.read_parquet(url, ["key"]).num_rows
+        what = "removed" if recipe.dedup.contamination == "remove" else "reported, not removed"
+        console.print(
+            f"dedup: {number:,} pictures are in groups with one like an evaluation picture; they "
+            f"are {what}, and listed in {url}",
+            soft_wrap=True,
+        )
     drawn = draw_largest(recipe)
     if drawn:
         folder = drawn[0].rpartition("/")[0]

@@ -35,20 +35,15 @@ def best_edges(edges: pa.Table, max_neighbours: int) -> pa.Table:
     Where some were cut, now or before, those that remain say ``truncated``.
     """
     worse, better = edges["worse"].to_numpy(), edges["better"].to_numpy()
+    cut_before = np.unique(worse[edges["truncated"].to_numpy()])
     order = np.lexsort((better, worse))
-    worse, better = worse[order], better[order]
-    is_new = _changes(worse) | _changes(better)
-    order, worse = order[is_new], worse[is_new]
-    starts = np.flatnonzero(_changes(worse))
-    sizes = np.diff(starts, append=len(worse))
-    flags = edges["truncated"].to_numpy()[order]
-    is_truncated = sizes > max_neighbours
-    if len(starts):
-        is_truncated |= np.logical_or.reduceat(flags, starts)
-    is_kept = np.arange(len(worse)) - np.repeat(starts, sizes) < max_neighbours
-    best = edges.take(order[is_kept])
-    truncated = pa.array(np.repeat(is_truncated, sizes)[is_kept])
-    return best.set_column(EDGES.get_field_index("truncated"), EDGES.field("truncated"), truncated)
+    order = order[_changes(worse[order]) | _changes(better[order])]
+    worse, starts, sizes = np.unique(worse[order], return_index=True, return_counts=True)
+    truncated = (sizes > max_neighbours) | np.isin(worse, cut_before)
+    is_best = np.arange(len(order)) - np.repeat(starts, sizes) < max_neighbours
+    best = edges.take(order[is_best])
+    column = pa.array(np.repeat(truncated, sizes)[is_best])
+    return best.set_column(EDGES.get_field_index("truncated"), EDGES.field("truncated"), column)
 
 
 def _changes(numbers: Ints) -> Bools:

@@ -178,7 +178,8 @@ def _check_reach(truth: Truth, size: Size, min_recall: float) -> None:
     pairs = read_truth(truth.urls)
     num_queries = len(truth.queries)
     reachable = recall.reach(pairs, size.num_clusterings, num_queries, size.num_searched)
-    console.print(recall.recall_table(recall.reach_measures(reachable)))
+    measures = recall.reach_measures(reachable)
+    console.print(recall.recall_table(recall.recall_rows(measures)))
     if reachable[-1].value < min_recall:
         needed = recall.needed_clusterings(pairs, size.num_clusterings, min_recall)
         recall.refuse_low_reach(reachable, min_recall, needed)

@@ -23,12 +23,14 @@ from dedup.rules import AGAINST
 from dedup.truth import TRUE_PAIRS, found_in
 from pipeline import storage
 from pipeline.exchange import exchange_table, read_slices
+from pipeline.reasons import RejectReason
 from pipeline.receipts import Counts
 from pipeline.records import IMAGES
 from pipeline.stage import Output, WorkItem
 from pipeline.summary import read_shard
 
-REMOVED, GROUPS, SUMMARY, RECALL = "_removed", "_groups", "_summary", "_recall"
+REMOVED, GROUPS, SUMMARY = "_removed", "_groups", "_summary"
+RECALL, CONTAMINATION = "_recall", "_contamination"
 """The tables of the report: pseudo datasets beside the real ones."""
 
 
@@ -218,16 +220,24 @@ class Report(_Stage):
 
     def process(self, item: WorkItem) -> Output:
         """Make one of the tables."""
-        everyone = Everyone.read(self.search, item)
-        if item.dataset == RECALL:
-            table = recall.recall_rows(_measures(everyone, item))
-        else:
-            table = report.removed_table(_removed(everyone, item))
-            if item.dataset == GROUPS:
-                table = report.groups_table(table)
-            elif item.dataset == SUMMARY:
-                table = report.summary(table)
+        table = self._table(Everyone.read(self.search, item), item)
         return Output(table, Counts(table.num_rows, table.num_rows))
+
+    def _table(self, everyone: Everyone, item: WorkItem) -> pa.Table:
+        if item.dataset == RECALL:
+            return recall.recall_rows(_measures(everyone, item))
+        if item.dataset == CONTAMINATION:
+            graph = _read_graph(self.search, everyone, item.payload["graph"])
+            rules = self.search.rules
+            chosen = removal_rows(
+                everyone, choose_removals(graph, rules, remove_contamination=True)
+            )
+            contaminated = chosen.filter(pc.equal(chosen["rule"], RejectReason.CONTAMINATION))
+            return report.removed_table([_located(everyone, contaminated, 0)])
+        removed = report.removed_table(_removed(everyone, item))
+        if item.dataset == GROUPS:
+            return report.groups_table(removed)
+        return report.summary(removed) if item.dataset == SUMMARY else removed
 
 
 def _removed(everyone: Everyone, item: WorkItem) -> Iterator[pa.Table]:
@@ -235,10 +245,15 @@ def _removed(everyone: Everyone, item: WorkItem) -> Iterator[pa.Table]:
     start = 0
     for number, group in enumerate(everyone.groups):
         for removals in read_slices([item.payload["removals"]], number):
-            places = _places(everyone, start + removals["place"].to_numpy())
-            names = [*REMOVALS.names, "dataset", "shard", "row"]
-            yield pa.table([*removals.columns, *places], names=names)
+            yield _located(everyone, removals, start)
         start += sum(shard.num_pictures for shard in group)
+
+
+def _located(everyone: Everyone, removals: pa.Table, start: int) -> pa.Table:
+    """Add dataset, shard and row of the removed, whose places count from ``start``."""
+    places = _places(everyone, start + removals["place"].to_numpy())
+    names = [*REMOVALS.names, "dataset", "shard", "row"]
+    return pa.table([*removals.columns, *places], names=names)
 
 
 def _measures(everyone: Everyone, item: WorkItem) -> dict[str, recall.Estimate]:

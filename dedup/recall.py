@@ -101,14 +101,15 @@ def share_of_pairs(
     Of no pairs at all the share is 1, since none is missed, and anything between 0 and 1 is
     possible. ``pairs`` are TRUE_PAIRS of ``num_queries`` of the ``num_pictures`` pictures.
     """
-    weight: Shares = pairs["weight"].to_numpy()
+    weight = pairs["weight"].to_numpy()
     _, query = np.unique(pairs["query"].to_numpy(), return_inverse=True)
-    all_pairs = np.bincount(query, weight)
-    hits = np.bincount(query, weight * counted)
+    all_pairs = np.asarray(np.bincount(query, weight), np.float64)
+    hits = np.asarray(np.bincount(query, weight * counted), np.float64)
     total = float(all_pairs.sum())
     value = float(hits.sum()) / total if total else 1.0
     effective = _effective_pairs(hits, all_pairs, value, num_queries) if total else 0.0
-    return _wilson(value, effective, num_queries, num_pictures, num_queries, round(total))
+    low, high = _interval(value, effective, num_queries / num_pictures)
+    return Estimate(value, low, high, num_queries, round(total))
 
 
 def pair_recall(
@@ -133,9 +134,9 @@ def duplicates_left(pairs: pa.Table, queries: Ints, kept: Bools, num_pictures: i
     both_kept = query[kept[query] & kept[other]]
     kept_queries = queries[kept[queries]]
     has_copy = np.isin(kept_queries, both_kept)
-    number = len(has_copy)
-    value = float(has_copy.mean()) if number else 0.0
-    return _wilson(value, number, len(queries), num_pictures, number, 0)
+    value = float(has_copy.mean()) if len(has_copy) else 0.0
+    low, high = _interval(value, len(has_copy), len(queries) / num_pictures)
+    return Estimate(value, low, high, len(has_copy), 0)
 
 
 def comparisons_share(comparisons: int, num_pictures: int) -> Estimate:
@@ -162,7 +163,7 @@ def needed_clusterings(pairs: pa.Table, num_clusterings: int, min_recall: float)
     if missed == misses[-2]:
         return None
     terms = [1 / (1 - after / before) for before, after in pairwise(misses)]
-    growth = max(0.0, terms[-1] - terms[-2]) if len(terms) > 1 else 0.0
+    growth = max(0.0, terms[-1] - terms[0]) / max(1, num_clusterings - 1)
     for clusterings in range(num_clusterings + 1, MAX_CLUSTERINGS + 1):
         missed *= 1 - 1 / (terms[-1] + growth * (clusterings - num_clusterings))
         if 1 - missed >= min_recall:
@@ -212,11 +213,6 @@ def recall_rows(measures: Mapping[str, Estimate]) -> pa.Table:
     """Return the measures, by their names, as they are published (RECALL)."""
     rows = [{"measure": name} | asdict(estimate) for name, estimate in measures.items()]
     return pa.Table.from_pylist(rows, RECALL)
-
-
-def measures_of(rows: pa.Table) -> dict[str, Estimate]:
-    """Return the measures that were published (RECALL), by their names."""
-    return {row.pop("measure"): Estimate(**row) for row in rows.to_pylist()}
 
 
 def recall_table(measures: pa.Table) -> Table:
@@ -286,24 +282,17 @@ def _effective_pairs(hits: Shares, all_pairs: Shares, value: float, num_queries:
     return float(effective)
 
 
-def _wilson(
-    value: float,
-    effective: float,
-    num_drawn: int,
-    num_pictures: int,
-    num_queries: int,
-    num_pairs: int,
-) -> Estimate:
-    """Return a share with Wilson's interval.
+def _interval(value: float, effective: float, drawn: float) -> tuple[float, float]:
+    """Return Wilson's interval of a share.
 
     ``effective`` is the number of independent draws that would tell as much. Since pictures are
-    drawn without repetition, ``num_drawn`` of ``num_pictures`` tell more than that, and all of them
-    leave nothing open.
+    drawn without repetition, the part ``drawn`` of all of them tells more than that, and all of
+    them leave nothing open.
     """
-    if num_drawn == num_pictures:
-        return Estimate(value, value, value, num_queries, num_pairs)
-    effective /= 1 - num_drawn / num_pictures
+    if drawn == 1:
+        return value, value
+    effective /= 1 - drawn
     centre = (effective * value + _Z**2 / 2) / (effective + _Z**2)
     half = _Z * sqrt(effective * value * (1 - value) + _Z**2 / 4) / (effective + _Z**2)
-    low, high = max(0.0, centre - half), min(1.0, centre + half)
-    return Estimate(value, min(low, value), max(high, value), num_queries, num_pairs)
+    # Rounding must not exclude the value itself, which is an end where it is 0 or 1.
+    return max(0.0, min(centre - half, value)), min(1.0, max(centre + half, value))

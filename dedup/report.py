@@ -73,7 +73,7 @@ _HEADINGS = {
 
 
 def removed_table(parts: Iterable[pa.Table]) -> pa.Table:
-    """Return all removed pictures (REMOVED) of tables that have its columns, in any order."""
+    """Return all removed pictures (REMOVED), sorted by key, of tables that have its columns."""
     selected = [part.select(REMOVED.names).cast(REMOVED) for part in parts]
     table = pa.concat_tables([REMOVED.empty_table(), *selected])
     # To take rows of many chunks takes several times as long.
@@ -82,30 +82,29 @@ def removed_table(parts: Iterable[pa.Table]) -> pa.Table:
 
 def groups_table(removed: pa.Table) -> pa.Table:
     """Return the groups (GROUPS) of removed pictures (REMOVED)."""
+    is_contaminated = pc.equal(removed["rule"], RejectReason.CONTAMINATION)
     flags = {
         "num_exact": pc.equal(removed["rule"], RejectReason.EXACT_COPY),
         "num_near": pc.equal(removed["rule"], RejectReason.NEAR_DUPLICATE),
-        "num_contaminated": pc.equal(removed["rule"], RejectReason.CONTAMINATION),
-        # Where a whole group is contaminated its best picture goes as well.
-        "own": pc.equal(removed["key"], removed["group"]),
+        "num_contaminated": is_contaminated,
+        # A contaminated group loses its best picture too. A repeated record has its key as well.
+        "lost_best": pc.and_(is_contaminated, pc.equal(removed["key"], removed["group"])),
     }
-    columns = {"group": removed["group"], "similarity": removed["similarity"]} | {
-        name: flag.cast(pa.int64()) for name, flag in flags.items()
-    }
-    sums = [(name, "sum") for name in flags]
-    grouped = pa.table(columns).group_by("group").aggregate([*sums, ("similarity", "min")])
-    grouped = grouped.sort_by("group")
-    counts = {name: grouped[f"{name}_sum"] for name in flags}
-    num_removed = pc.add(
-        pc.add(counts["num_exact"], counts["num_near"]), counts["num_contaminated"]
-    )
-    num_pictures = pc.subtract(pc.add(num_removed, 1), counts.pop("own"))
-    table = pa.table(
-        {"group": grouped["group"], "num_pictures": num_pictures}
-        | counts
-        | {"datasets": _datasets(removed), "least_similarity": grouped["similarity_min"]},
-        schema=GROUPS,
-    )
+    rows = removed.select(["group", "similarity"])
+    for name, flag in flags.items():
+        rows = rows.append_column(name, flag.cast(pa.int64()))
+    counts = [(name, "sum") for name in GROUPS.names[2:5]]
+    others = [([], "count_all"), ("lost_best", "max"), ("similarity", "min")]
+    grouped = rows.group_by("group").aggregate([*counts, *others]).sort_by("group")
+    num_pictures = pc.subtract(pc.add(grouped["count_all"], 1), grouped["lost_best_max"])
+    columns = [
+        grouped["group"],
+        num_pictures,
+        *(grouped[f"{name}_sum"] for name, _ in counts),
+        _datasets(removed),
+        grouped["similarity_min"],
+    ]
+    table = pa.table(columns, schema=GROUPS)
     table = table.filter(pc.greater(num_pictures, 1))
     return table.sort_by([("num_pictures", "descending"), ("group", "ascending")]).combine_chunks()
 
@@ -168,7 +167,7 @@ def find_removed(url: str, column: str, values: Sequence[str]) -> Iterator[pa.Ta
         place = file.schema_arrow.get_field_index(column)
         for number in range(file.num_row_groups):
             bounds = file.metadata.row_group(number).column(place).statistics
-            if bounds.max < min(values) or bounds.min > max(values):
+            if bounds is not None and (bounds.max < min(values) or bounds.min > max(values)):
                 continue
             try:
                 found = pc.is_in(file.read_row_group(number, [column])[column], wanted)

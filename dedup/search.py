@@ -110,7 +110,7 @@ def _stand_ins(pictures: Described, rules: Rules) -> Ints:
 def _searched(pictures: Described, stand_ins: Ints) -> Ints:
     """Return the rows of the pictures that stand for themselves, by cluster and rank."""
     order = np.lexsort((pictures.rank, pictures.cluster))
-    return order[stand_ins[order] == order]
+    return np.asarray(order[stand_ins[order] == order])
 
 
 def _search(
@@ -131,12 +131,12 @@ def _search(
             if not len(asking.rows):
                 break
             i, j, similarity = _compare(asking, columns, conditions)
+            upwards = better.rank[j] < worse.rank[i]
+            i, j, similarity = i[upwards], j[upwards], similarity[upwards]
             # One more than are kept tells that there are more.
-            counts = better.rank[j] < worse.rank[i]
-            i, j, similarity = i[counts], j[counts], similarity[counts]
             first = np.arange(len(i)) - np.searchsorted(i, i) + count[i] <= max_neighbours
             found.append(_edges(worse, i[first], better, j[first], similarity[first]))
-            count += np.bincount(i[first], minlength=len(count))
+            np.add.at(count, i[first], 1)
             is_done = count[asking.rows] > max_neighbours
             if is_done.any():
                 asking = asking.take(np.flatnonzero(~is_done))

@@ -141,6 +141,9 @@ def table_digest(table: pa.Table) -> str:
     return hasher.hexdigest()
 
 
+_BYTES = (pa.types.is_string, pa.types.is_binary, pa.types.is_fixed_size_binary)
+
+
 def _hash_values(hasher: "hashlib._Hash", values: pa.Array) -> None:
     hasher.update(np.packbits(values.is_valid().to_numpy(zero_copy_only=False)).tobytes())
     if pa.types.is_struct(values.type):
@@ -150,12 +153,15 @@ def _hash_values(hasher: "hashlib._Hash", values: pa.Array) -> None:
         lengths = pc.list_value_length(values).drop_null()
         hasher.update(lengths.cast(pa.int64()).to_numpy().tobytes())
         _hash_values(hasher, values.flatten())
-    elif pa.types.is_string(values.type) or pa.types.is_binary(values.type):
+    elif any(is_type(values.type) for is_type in _BYTES):
         present = values.drop_null().cast(pa.binary())
         hasher.update(pc.binary_length(present).cast(pa.int64()).to_numpy().tobytes())
         hasher.update(b"".join(present.to_pylist()))
     else:
-        hasher.update(values.drop_null().to_numpy(zero_copy_only=False).tobytes())
+        numbers = values.drop_null().to_numpy(zero_copy_only=False)
+        if numbers.dtype == object and len(numbers):
+            raise TypeError(f"a digest of {values.type} would be one of addresses in memory")
+        hasher.update(numbers.tobytes())
 
 
 def read_receipt(url: str) -> Receipt:

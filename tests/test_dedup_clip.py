@@ -11,7 +11,9 @@ from PIL import Image
 
 from dedup import clip
 from dedup.clip import clip_tower
+from dedup.descriptors import descriptor_of
 from pipeline.errors import EvenmixError
+from pipeline.recipe import Dedup
 from tests import pictures
 from tests.vllm_shim import sitecustomize  # noqa: F401 - lets torchvision be imported
 
@@ -26,7 +28,7 @@ BATCH = [pictures.smooth(64, 96), 255 - pictures.smooth(200, 70), pictures.smoot
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Teach open_clip an architecture, and return a model of it with random weights."""
-    import open_clip
+    import open_clip  # type: ignore[import-untyped]
     import torch
 
     config = tmp_path_factory.mktemp("architectures") / "evenmix-tiny.json"
@@ -99,6 +101,12 @@ def test_the_hash_is_of_the_towers_weights_and_not_of_their_file(
     files = [weights, tmp_path / "tiny.pt", tmp_path / "other.pt"]
     a, b, c = (clip_tower("evenmix-tiny", str(file)).weights_sha256 for file in files)
     assert a == b != c
+
+
+def test_a_recipe_can_ask_for_it(weights: Path) -> None:
+    document = {"model": "open_clip", "open_clip_model": "evenmix-tiny", "weights": str(weights)}
+    descriptor = descriptor_of(Dedup.model_validate(document))
+    assert descriptor == clip_tower("evenmix-tiny", str(weights))
 
 
 def test_a_worker_with_other_weights_stops(model: Any, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from dedup import report
 from dedup.report import GROUPS, REMOVED, SUMMARY
+from pipeline import storage
 from pipeline.errors import EvenmixError
 
 PLACES = {"dataset": "album", "shard": "s", "row": 0}
@@ -61,6 +62,19 @@ def test_groups_count_the_kept_picture_if_there_is_one() -> None:
     ]
 
 
+def test_a_repeated_record_is_a_further_picture() -> None:
+    rows = [
+        removal("a", "a", "exact_copy", 1.0),
+        removal("b", "b", "contamination", 0.875, duplicate_of="x", **EVALUATION),
+        removal("b", "b", "contamination", None, duplicate_of="x", row=1, **EVALUATION),
+    ]
+    table = report.groups_table(removed_table(rows))
+    assert table.select(["group", "num_pictures"]).to_pylist() == [
+        {"group": "a", "num_pictures": 2},
+        {"group": "b", "num_pictures": 2},
+    ]
+
+
 def test_the_summary_is_by_pair_of_datasets_and_rule() -> None:
     table = report.summary(removed_table(ROWS))
     assert table.schema == SUMMARY
@@ -90,13 +104,16 @@ def test_the_summary_as_it_is_shown() -> None:
     ]
 
 
-def test_nothing_removed_gives_empty_tables() -> None:
+def test_nothing_removed_gives_empty_tables(tmp_path: Path) -> None:
     removed = report.removed_table([])
     assert removed.equals(REMOVED.empty_table())
     assert report.groups_table(removed).equals(GROUPS.empty_table())
     sums = report.summary(removed)
     assert sums.equals(SUMMARY.empty_table())
     assert report.summary_table(sums).row_count == 1
+    url = str(tmp_path / "all.parquet")
+    storage.publish(url, storage.parquet_bytes(removed, {}))
+    assert list(report.find_removed(url, "key", ["a"])) == []
 
 
 def test_order_and_parts_do_not_matter() -> None:
@@ -155,5 +172,7 @@ def test_a_damaged_table_is_named(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[4:60] = bytes(56)
     path.write_bytes(data)
-    with pytest.raises(EvenmixError, match=r"(?s)all\.parquet is damaged.*run `evenmix dedup` again"):
+    with pytest.raises(
+        EvenmixError, match=r"(?s)all\.parquet is damaged.*run `evenmix dedup` again"
+    ):
         list(report.find_removed(str(path), "key", ["e"]))

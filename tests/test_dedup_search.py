@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from dedup import search, second_look
-from dedup.records import EDGES, THUMBNAIL_BYTES, Described, Ints, Vectors, keys_of
+from dedup.records import EDGES, THUMBNAIL_BYTES, Described, Vectors, keys_of
 from dedup.rules import Rule, Rules
 from dedup.search import compare, find_edges, find_edges_between
 
@@ -155,8 +155,8 @@ def as_list(edges: pa.Table) -> list[Edge]:
 
 
 def in_blocks(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    monkeypatch.setattr(search, "ROWS", size)
-    monkeypatch.setattr(search, "COLUMNS", size // 2)
+    monkeypatch.setattr(search, "ROWS", 2 * size)
+    monkeypatch.setattr(search, "COLUMNS", size)
 
 
 @pytest.mark.parametrize("block", [3, 7, 512])
@@ -261,16 +261,13 @@ def test_fifty_thousand_equal_vectors_have_one_keeper() -> None:
 
 def test_fifty_thousand_nearly_equal_vectors_take_bounded_memory_and_time() -> None:
     rng = np.random.default_rng(5)
-    vectors = unit(
-        rng.standard_normal(64, np.float32)
-        + 0.2 * rng.standard_normal((50_000, 64), dtype=np.float32)
-    )
+    noise = rng.standard_normal((50_000, 128), np.float32)
+    vectors = unit(rng.standard_normal(128, np.float32) + np.float32(0.2) * noise)
     edges, peak_bytes = measured(described(vectors), 8)
     # All are similar to all: each has the best eight, as far as there are better ones.
     expected = [(worse, better) for worse in range(50_000) for better in range(min(worse, 8))]
     assert list(zip(*(edges[name].to_pylist() for name in ("worse", "better")), strict=True)) == (
         expected
     )
-    truncated: Ints = np.array([worse > 8 for worse, _ in expected])
-    np.testing.assert_array_equal(edges["truncated"].to_numpy(), truncated)
-    assert peak_bytes < 150e6
+    assert edges["truncated"].to_pylist() == [worse > 8 for worse, _ in expected]
+    assert peak_bytes < 200e6  # a copy of the cluster, and blocks

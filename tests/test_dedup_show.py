@@ -255,6 +255,8 @@ def test_without_removals_nothing_is_drawn(recipe: Recipe) -> None:
     idle = recipe.model_copy(update={"dedup": recipe.dedup.model_copy(update={"name": "idle"})})
     write_tables(idle, [])
     assert show.draw_largest(idle) == []
+    with pytest.raises(EvenmixError, match=r"duplicates/idle/album is missing or not finished"):
+        show.show(idle, ALONE)
 
 
 def test_a_picture_without_copies(recipe: Recipe) -> None:
@@ -295,7 +297,7 @@ def test_long_lines_stay_below_their_picture() -> None:
         ["t"], [Tile(white, [words, f"{words}\n{words}", "x"]), Tile(white, ["x"])]
     )
     assert lone.shape[0] == both.shape[0]
-    beside = both[-60:, 20 + PICTURE_PX : 40 + PICTURE_PX]
+    beside = both[-60:, 21 + PICTURE_PX : 38 + PICTURE_PX]
     assert (beside == 255).all()
 
 

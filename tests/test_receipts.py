@@ -84,6 +84,7 @@ COLUMNS: dict[str, pa.Array] = {
     "vectors": pa.array([[1.0, 2.0]] * 6, pa.list_(pa.float32(), 2)),
     "structs": pa.array([{"x": 1, "y": "a"}, None, {"x": None, "y": "b"}] * 2),
     "lists of structs": pa.array([[{"t": "a"}, {"t": None}], [], None] * 2),
+    "fixed bytes": pa.array([b"ab", None, b"\0\0", b"cd", b"a\0", b"zz"], pa.binary(2)),
     "bytes": pa.array([b"\xff", None, b"", b"ab", b"c", b"d"]),
 }
 
@@ -123,6 +124,11 @@ CHANGES: list[tuple[dict[str, Any], dict[str, Any]]] = [
 @pytest.mark.parametrize(("before", "after"), CHANGES)
 def test_digest_changes_with_any_value(before: dict[str, Any], after: dict[str, Any]) -> None:
     assert table_digest(pa.table(before)) != table_digest(pa.table(after))
+
+
+def test_no_digest_of_what_it_does_not_know() -> None:
+    with pytest.raises(TypeError, match="large_string"):
+        table_digest(pa.table({"column": pa.array(["a"], pa.large_string())}))
 
 
 def test_difference_names_each_place_that_differs() -> None:

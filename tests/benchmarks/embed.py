@@ -3,9 +3,9 @@
     python -m tests.benchmarks.embed
 
 In every round the embed stage's own work on a shard (read, check, decode, resize, look, describe)
-takes turns with the model alone, which gets the same number of pictures, prepared, in batches of the
-same size. Both run in this process, in one thread; times are its CPU time, so that what else runs
-on the machine counts less. README.md beside this file has the last figures.
+takes turns with the model alone, which gets as many pictures, prepared, in batches of the same
+size. Both run in this process, in one thread; times are its CPU time, so that what else runs on the
+machine counts less. README.md beside this file has the last figures.
 """
 
 import argparse
