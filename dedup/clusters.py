@@ -27,7 +27,10 @@ ROWS_PER_PART = 200_000
 BLOCK = 1024
 """Vectors that are assigned at once: at 16,000 clusters their products take 64 MiB."""
 
-_ITERATIONS = 20
+_ITERATIONS = 10
+"""Twice as many take twice the time, and four clusterings then reach .9963 of the pairs instead of
+.9955 (200,000 vectors in 186 clusters)."""
+
 _EXACT_BELOW = 20_000
 
 

@@ -29,7 +29,7 @@ ROWS, COLUMNS = 2048, 256
 """Pictures on the two sides of one product of matrices: its result takes 2 MiB."""
 
 _PAIRS = 1024
-"""Pairs whose vectors or thumbnails are compared one by one at once."""
+"""Pairs whose vectors, or whose thumbnails, are compared one by one at once."""
 
 _DENSE = 1 / 32
 """Where more than this part of a product is asked for, all of it is faster than one by one."""
@@ -216,15 +216,14 @@ def _blocks(pictures: Described, size: int) -> Iterator[_Block]:
 
 def _compare(left: _Block, right: _Block, conditions: _Conditions) -> Matches:
     """Return the near copies of two blocks, by the rows of their pictures, in order."""
-    one, other = left.pictures, right.pictures
     i, j = _candidates(left, right, conditions)
     products = _products(left, right, i, j)
     similarity = (products / (left.lengths[i] * right.lengths[j])).astype(np.float32)
-    i, j = left.rows[i], right.rows[j]
-    reach = similarity >= conditions.threshold[one.dataset[i], other.dataset[j]]
+    datasets = left.pictures.dataset[left.rows[i]], right.pictures.dataset[right.rows[j]]
+    reach = similarity >= conditions.threshold[datasets]
     i, j, similarity = i[reach], j[reach], similarity[reach]
-    passed = _second_look(one, other, i, j, conditions)
-    return Matches(i[passed], j[passed], similarity[passed])
+    passed = _second_look(left, right, i, j, conditions)
+    return Matches(left.rows[i[passed]], right.rows[j[passed]], similarity[passed])
 
 
 def _candidates(left: _Block, right: _Block, conditions: _Conditions) -> tuple[Ints, Ints]:
@@ -255,12 +254,12 @@ def _products(left: _Block, right: _Block, i: Ints, j: Ints) -> npt.NDArray[np.f
     return products
 
 
-def _second_look(
-    left: Described, right: Described, i: Ints, j: Ints, conditions: _Conditions
-) -> Bools:
+def _second_look(left: _Block, right: _Block, i: Ints, j: Ints, conditions: _Conditions) -> Bools:
     """Tell which pairs are copies for their thumbnails too, or need no second look."""
-    datasets = left.dataset[i], right.dataset[j]
-    are_graphics = left.graphic[i] & right.graphic[j]
+    one, other = left.pictures, right.pictures
+    a, b = left.rows[i], right.rows[j]
+    datasets = one.dataset[a], other.dataset[b]
+    are_graphics = one.graphic[a] & other.graphic[b]
     asked = (
         conditions.looks_at_all[datasets] | conditions.looks_at_graphics[datasets] & are_graphics
     )
@@ -268,20 +267,13 @@ def _second_look(
     passed = ~asked
     for pairs, may_be_mirrored in ((asked & ~mirrored, False), (asked & mirrored, True)):
         if pairs.any():
-            passed[pairs] = _agreeing(left, right, i[pairs], j[pairs], may_be_mirrored)
+            candidates = np.zeros((len(left.rows), len(right.rows)), np.bool_)
+            candidates[i[pairs], j[pairs]] = True
+            thumbnails = one.thumbnail[left.rows], other.thumbnail[right.rows]
+            agree = second_look.agreeing(*thumbnails, candidates, may_be_mirrored)
+            passed[pairs] = agree[i[pairs], j[pairs]]
     straight = np.flatnonzero(passed & ~mirrored)
     for start in range(0, len(straight), _PAIRS):
         some = straight[start : start + _PAIRS]
-        passed[some] = ~second_look.is_mirrored(left.thumbnail[i[some]], right.thumbnail[j[some]])
+        passed[some] = ~second_look.is_mirrored(one.thumbnail[a[some]], other.thumbnail[b[some]])
     return passed
-
-
-def _agreeing(left: Described, right: Described, i: Ints, j: Ints, mirrored: bool) -> Bools:
-    rows, row = np.unique(i, return_inverse=True)
-    columns, column = np.unique(j, return_inverse=True)
-    candidates = np.zeros((len(rows), len(columns)), np.bool_)
-    candidates[row, column] = True
-    agreeing = second_look.agreeing(
-        left.thumbnail[rows], right.thumbnail[columns], candidates, mirrored
-    )
-    return np.asarray(agreeing[row, column])

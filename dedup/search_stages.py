@@ -117,7 +117,8 @@ class Sample(_Step):
         draw = self.search.pictures(item.payload["group"])["draw"].to_numpy()
         draw = draw[draw >= 0]
         size = self.size.num_clusters * clusters.SAMPLE_PER_CLUSTER
-        lot = draw // QUERIES_PER_LOT
+        # From the other end, since vectors that a clustering was fitted on meet in it too often.
+        lot = (self.size.num_searched - 1 - draw) // QUERIES_PER_LOT
         chosen = [
             (draw - number * size) % self.size.num_searched < size
             for number in range(self.size.num_clusterings)

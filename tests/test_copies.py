@@ -41,19 +41,19 @@ PHOTOGRAPHS = [
     "retina",
 ]
 TILE_PX, ENLARGED_PX = 96, 384
-EVERY_THIRD, EVERY_TENTH = 3, 10
+EVERY_FOURTH, EVERY_TENTH = 4, 10
 
-LEAST_RECALL = {  # measured: 1, 1, .47, .87, .1, 1, .3, .97, .3, .9
+LEAST_RECALL = {  # measured: 1, .94, .42, .94, .22, 1, .25, .97, .28, .81
     "half size": 1.0,
-    "JPEG quality 30": 0.97,
-    "JPEG quality 10": 0.35,
-    "crop 70 %": 0.8,
-    "crop 50 %": 0.02,
+    "JPEG quality 30": 0.85,
+    "JPEG quality 10": 0.3,
+    "crop 70 %": 0.85,
+    "crop 50 %": 0.1,
     "mirrored": 1.0,
     "turned": 0.15,
     "text over it": 0.9,
-    "padded": 0.2,
-    "grey": 0.8,
+    "padded": 0.15,
+    "grey": 0.7,
 }
 
 
@@ -143,8 +143,8 @@ def test_no_two_of_600_rendered_pictures_are_taken_for_copies(rendered: Pictures
 
 @pytest.mark.parametrize("edit", list(LEAST_RECALL))
 def test_copies_of_photographs_are_found(photographs: Pictures, edit: str) -> None:
-    found = photographs.found_copies(edit, EVERY_THIRD, rules())
-    assert len(found) == 48
+    found = photographs.found_copies(edit, EVERY_FOURTH, rules())
+    assert len(found) == 36
     assert np.mean(found) >= LEAST_RECALL[edit], np.mean(found)
 
 
@@ -160,7 +160,7 @@ def test_copies_of_rendered_pictures_are_found(rendered: Pictures, edit: str, le
 
 def test_mirrored_copies_count_or_stay_as_the_rule_says(photographs: Pictures) -> None:
     pages = [image for draw in (paragraph, headline) for image in map(draw, range(0, 12, 3))]
-    pictures = Pictures([*photographs.images[::6], *pages])
+    pictures = Pictures([*photographs.images[::12], *pages])
     assert all(pictures.found_copies("mirrored", 1, rules(mirrored=True)))
     assert not any(pictures.found_copies("mirrored", 1, rules(mirrored=False)))
     assert all(pictures.found_copies("JPEG quality 30", 1, rules(mirrored=False)))

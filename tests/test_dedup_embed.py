@@ -57,8 +57,7 @@ def large_jpegs() -> list[bytes]:
 def test_reduced_decoding_changes_nothing_that_matters(descriptor: Sscd) -> None:
     """The cosine with the whole picture's vector, every pair's decision, and the second look.
 
-    int8 weights alone make about 0.005 of the difference: the student's vectors, in floating
-    point, agree to 0.999.
+    Most of the difference is int8's: the student's vectors, in floating point, agree to 0.999.
     """
     jpegs = large_jpegs()
     whole = [images.decode(data, LIMITS) for data in jpegs]

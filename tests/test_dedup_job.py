@@ -63,8 +63,8 @@ def recipe_of(root: Path, sources: Path, **changes: Any) -> Recipe:
     document = {
         "root": str(root),
         "datasets": {
-            "album": dataset("album"),
-            "crawl": dataset("crawl", threshold=0.9),
+            "album": dataset("album", second_look="none"),
+            "crawl": dataset("crawl", threshold=0.9, second_look="none"),
             "graphics": dataset("graphics", duplicates="exact"),
         },
         "images": {"min_short_edge_px": 64, "records_per_shard": 20},

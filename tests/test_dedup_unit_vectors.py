@@ -10,7 +10,7 @@ from pipeline.errors import EvenmixError
 def test_rows_get_length_1() -> None:
     vectors = unit_vectors([[3, 4], [0, -0.5]], 2, "m.onnx")
     assert vectors.dtype == np.float32
-    np.testing.assert_allclose(vectors, [[0.6, 0.8], [0, -1]], rtol=1e-6)
+    np.testing.assert_allclose(vectors, [[0.6, 0.8], [0.0, -1.0]], rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,16 @@
 
 For each size a corpus with drawn descriptors (tests/benchmarks/drawn_corpus.py) is searched by
 `evenmix dedup`, as a user would start it, with its defaults and with one clustering, which is
-HiDream-I1's way. FAISS compares all vectors with all: `IndexFlatIP.range_search`, on as many threads
-as evenmix has workers. Above 200,000 vectors it does so for a random twentieth of them, of which its
-time for all is extrapolated, and the pairs of this twentieth are what the others must find.
+HiDream-I1's way. FAISS compares all vectors with all: `IndexFlatIP.range_search`, on as many
+threads as evenmix has workers. Above 200,000 vectors it does so for a random twentieth of them, of
+which its time for all is extrapolated, and the pairs of this twentieth are what the others must
+find.
 README.md beside this file has the last figures.
 """
 
 import argparse
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -189,18 +191,15 @@ def _search(name: str, folder: Path, rows: dict[str, int], truth: BruteForce) ->
     command = [sys.executable, "-m", "pipeline.cli", "dedup", str(recipe), f"--workers={WORKERS}"]
     try:
         cost = measure.run(command, log)
-    except measure.subprocess.CalledProcessError:
+    except subprocess.CalledProcessError:
         sys.exit(f"{command} failed:\n{log.read_text(errors='replace')}")
     result = folder / "corpus" / "duplicates" / run
-    codes = [
-        _codes(
-            *(np.array([rows[key] for key in table[end].to_pylist()], np.int64) for end in ENDS),
-            len(rows),
-        )
-        for path in sorted((result / "_graph").glob("[!.]*.parquet"))
-        for table in [pq.read_table(path, columns=list(ENDS))]
-    ]
-    found = np.concatenate([np.empty(0, np.int64), *codes])
+    codes = [np.empty(0, np.int64)]
+    for path in sorted((result / "_graph").glob("[!.]*.parquet")):
+        table = pq.read_table(path, columns=["key", "neighbour"])
+        worse, better = (np.array([rows[k] for k in end.to_pylist()], np.int64) for end in table)
+        codes.append(_codes(worse, better, len(rows)))
+    found = np.concatenate(codes)
     of_queries = truth.is_query[found // len(rows)] | truth.is_query[found % len(rows)]
     is_true = np.isin(found, truth.pairs)
     report = pq.read_table(result / "_recall" / "all.parquet").to_pylist()
@@ -212,9 +211,6 @@ def _search(name: str, folder: Path, rows: dict[str, int], truth: BruteForce) ->
         int((of_queries & ~is_true).sum()),
         (estimate["value"], estimate["low"], estimate["high"]),
     )
-
-
-ENDS = ("key", "neighbour")
 
 
 # What is shown

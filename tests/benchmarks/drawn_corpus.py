@@ -32,8 +32,9 @@ DIMENSION = 512
 PICTURES_PER_TOPIC, SUBTOPICS = 1_000, 10
 COPIES = 0.2
 LEAST_COSINE, GREATEST_COSINE = 0.75, 0.99
-_OF_TOPIC, _OF_SUBTOPIC, _OWN = 0.45, 0.45, 0.77
-"""Lengths of a vector's three parts: 0.4 is the cosine of two pictures of one subtopic."""
+_OF_TOPIC, _OF_SUBTOPIC, _OWN = 0.2, 0.25, 0.947
+"""Lengths of a vector's three parts. With these, one clustering of 52 clusters finds 0.89 of the
+pairs of 30,000 vectors; on 18,000 real pictures 64 clusters found as many."""
 
 _PICTURES_PER_SHARD = 10_000
 _BLOCK = 10_000
