@@ -31,7 +31,7 @@ EXTRAS = {
     ],
     "gcs": ["gcsfs>=2026.2"],
     "gcp": ["apache-beam[gcp]>=2.76", "gcsfs>=2026.2"],
-    "dedup": ["faiss-cpu>=1.10", "onnxruntime>=1.20"],
+    "dedup": ["faiss-cpu>=1.10", "onnxruntime>=1.20", "threadpoolctl>=3.5"],
     "torchscript": ["torch>=2.6"],
     "openclip": ["open-clip-torch>=3.0", "torch>=2.6"],
     "vllm": ["vllm>=0.11"],

@@ -165,7 +165,7 @@ def read_described(search: Search, item: WorkItem) -> Described:
 def _describe(search: Search, shard: Shard, pictures: pa.Table, searched: Ints) -> Described:
     """Join the rows of a shard that are searched with their descriptors."""
     url = search.embeddings_url(shard.dataset, shard.name)
-    table, vectors = read_vectors(url, "embedding", search.dimension)
+    table, vectors = read_vectors(url, "embedding", search.dimension, ["key", "graphic"])
     key = keys_of(pictures["key"].combine_chunks())
     if not np.array_equal(keys_from_hex(table["key"]), key):
         raise EvenmixError(
@@ -174,9 +174,12 @@ def _describe(search: Search, shard: Shard, pictures: pa.Table, searched: Ints) 
         )
     dataset = search.rules.datasets.index(shard.dataset)
     graphic = table["graphic"].to_numpy()
-    thumbnails = np.frombuffer(b"".join(table["thumbnail"].to_pylist()), np.int8)
     looked_at = graphic & search.rules.look_at_graphics(dataset) | search.rules.look_at_all(dataset)
-    thumbnails = thumbnails.reshape(-1, THUMBNAIL_BYTES) * looked_at[:, None]
+    thumbnails = np.zeros((len(key), THUMBNAIL_BYTES), np.int8)
+    if looked_at.any():
+        stored = storage.read_parquet(url, ["thumbnail"])["thumbnail"].filter(pa.array(looked_at))
+        rows = np.frombuffer(b"".join(stored.to_pylist()), np.int8)
+        thumbnails[looked_at] = rows.reshape(-1, THUMBNAIL_BYTES)
     everything = Described(
         rank=pictures["rank"].to_numpy(),
         key=key,

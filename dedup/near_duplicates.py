@@ -132,7 +132,7 @@ def find_near_duplicates(searched: Searched, options: Dedup) -> Found:
 def _comparisons(search: Search, size: Size, name: str, vectors: Published) -> list[WorkItem]:
     """Return the comparisons of a clustering: of parts, and of two parts of a large cluster."""
     url = search.table_url("clusters", name, ALL)
-    table, _ = read_vectors(url, "centroid", search.dimension)
+    table, _ = read_vectors(url, "centroid", search.dimension, ["share"])
     layout = clusters.lay_out(table["share"].to_numpy(), size.num_searched)
     return [
         WorkItem(

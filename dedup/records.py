@@ -291,15 +291,18 @@ def from_column(column: pa.Array, dimension: int) -> npt.NDArray[np.float16]:
     return flat.reshape(-1, dimension)
 
 
-def read_vectors(url: str, column: str, dimension: int) -> tuple[pa.Table, npt.NDArray[np.float16]]:
-    """Read a table with a column of vectors; return it and they as float16 (n, ``dimension``).
+def read_vectors(
+    url: str, column: str, dimension: int, others: Sequence[str] = ()
+) -> tuple[pa.Table, npt.NDArray[np.float16]]:
+    """Read a column of vectors, and others, of a table.
+
+    Returns the table and the vectors, float16 (n, ``dimension``).
 
     Raises:
         EvenmixError: the vectors are of another size or type, so made by another descriptor.
     """
-    table = storage.read_parquet(url)
-    expected = vector_type(dimension)
-    if column not in table.column_names or table.schema.field(column).type != expected:
+    table = storage.read_parquet(url, [*others, column])
+    if table.schema.field(column).type != vector_type(dimension):
         raise EvenmixError(
             f"{url} has no column {column} of {dimension} float16 numbers; it was made by another "
             "descriptor. Descriptors never mix: embed under another dedup.descriptor"

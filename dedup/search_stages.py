@@ -11,12 +11,14 @@ Each is a step of an exchange below R/exchange/duplicates-<name>; only the graph
 outcome. A worker process holds a group or two parts at a time.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
+from threadpoolctl import threadpool_limits
 
 from dedup import clusters, recall
 from dedup.corpus import ALL, Search, read_described
@@ -77,10 +79,23 @@ class _Step:
             "seed": self.search.seed,
         }
 
+    def process(self, item: WorkItem) -> Output:
+        """Do the work of one item.
+
+        There is a worker process for each core; threads of the matrix library in each would wait
+        for one another.
+        """
+        with threadpool_limits(1, user_api="blas"):
+            return self.output(item)
+
+    def output(self, item: WorkItem) -> Output:
+        """Return what an item publishes."""
+        raise NotImplementedError
+
     def _clustering(self, number: int) -> tuple[Vectors, clusters.Layout]:
         """Read the centroids of a clustering; return them and how its clusters are parted."""
         url = self.search.table_url("clusters", clustering_name(number), ALL)
-        table, centroids = read_vectors(url, "centroid", self.search.dimension)
+        table, centroids = read_vectors(url, "centroid", self.search.dimension, ["share"])
         layout = clusters.lay_out(table["share"].to_numpy(), self.size.num_searched)
         return centroids, layout
 
@@ -111,14 +126,13 @@ class Sample(_Step):
 
     name: str = "dedup-sample"
 
-    def process(self, item: WorkItem) -> Output:
+    def output(self, item: WorkItem) -> Output:
         """Pick from a group; a picture may be picked for several purposes."""
         pictures = read_described(self.search, item)
         draw = self.search.pictures(item.payload["group"])["draw"].to_numpy()
         draw = draw[draw >= 0]
         size = self.size.num_clusters * clusters.SAMPLE_PER_CLUSTER
-        # From the other end, since vectors that a clustering was fitted on meet in it too often.
-        lot = (self.size.num_searched - 1 - draw) // QUERIES_PER_LOT
+        lot = _spread(draw, self.size.num_searched) // QUERIES_PER_LOT
         chosen = [
             (draw - number * size) % self.size.num_searched < size
             for number in range(self.size.num_clusterings)
@@ -129,13 +143,25 @@ class Sample(_Step):
         return Output(exchange_table(table, destinations), Counts(table.num_rows, table.num_rows))
 
 
+def _spread(draw: Ints, num_searched: int) -> Ints:
+    """Return places in another order of the draws, whose first ones are spread evenly over all.
+
+    Vectors that a clustering was fitted on meet in it more often than others. So among the queries
+    there must be as large a part of these as among all. Multiples of the golden ratio are spread.
+    """
+    step = round(num_searched * (math.sqrt(5) - 1) / 2)
+    while math.gcd(step, num_searched) != 1:
+        step += 1
+    return draw * step % num_searched
+
+
 @dataclass(frozen=True)
 class FitClusters(_Step):
     """The stage that fits the clusterings; an item is one of them."""
 
     name: str = "dedup-clusters"
 
-    def process(self, item: WorkItem) -> Output:
+    def output(self, item: WorkItem) -> Output:
         """Fit k-means on a sample, in the order of its keys, which is random."""
         number = item.payload["number"]
         sample = self._read(item.payload["samples"], number)
@@ -155,7 +181,7 @@ class FindTruth(_Step):
 
     name: str = "dedup-truth"
 
-    def process(self, item: WorkItem) -> Output:
+    def output(self, item: WorkItem) -> Output:
         """Compare the queries of some lots with the pictures of a group."""
         pictures = read_described(self.search, item)
         queries = concatenate(
@@ -165,13 +191,7 @@ class FindTruth(_Step):
             ],
             self.search.dimension,
         )
-        table = true_pairs(
-            queries,
-            pictures,
-            self.search.rules,
-            self._homes(queries.vector),
-            self._homes(pictures.vector),
-        )
+        table = true_pairs(queries, pictures, self.search.rules, self._homes)
         return Output(table, Counts(table.num_rows, table.num_rows))
 
 
@@ -181,7 +201,7 @@ class Regroup(_Step):
 
     name: str = "dedup-vectors"
 
-    def process(self, item: WorkItem) -> Output:
+    def output(self, item: WorkItem) -> Output:
         """Send the vectors of a group, with their home clusters."""
         centroids, layout = self._clustering(item.payload["number"])
         pictures = read_described(self.search, item)
@@ -201,7 +221,7 @@ class FindPairs(_Step):
         """Return what decides the pairs."""
         return {**super().config(dataset), "max_neighbours": self.search.max_neighbours}
 
-    def process(self, item: WorkItem) -> Output:
+    def output(self, item: WorkItem) -> Output:
         """Compare the pictures of a part, or those of two parts of one large cluster."""
         parts = [self._read(item.payload["vectors"], part) for part in item.payload["parts"]]
         rules, most = self.search.rules, self.search.max_neighbours
@@ -227,7 +247,7 @@ class MergeGraph(_Step):
         """Return what decides the graph."""
         return {"max_neighbours": self.search.max_neighbours}
 
-    def process(self, item: WorkItem) -> Output:
+    def output(self, item: WorkItem) -> Output:
         """Bring together what all parts found for a range of ranks."""
         found = list(read_slices(item.payload["pairs"], item.payload["range"]))
         table = merge(found, self.search.max_neighbours)

@@ -64,13 +64,12 @@ def true_pairs(
     queries: Described,
     pictures: Described,
     rules: Rules,
-    query_homes: Ints,
-    picture_homes: Ints,
+    homes: Callable[[npt.NDArray[np.float16]], Ints],
 ) -> pa.Table:
     """Compare each of q queries with each of a group of n pictures; return TRUE_PAIRS.
 
-    A query may be among the pictures; it is no pair with itself. ``query_homes`` (q, S) and
-    ``picture_homes`` (n, S) are the home clusters in each of S clusterings.
+    A query may be among the pictures; it is no pair with itself. ``homes`` gives the home clusters
+    of vectors in each of S clusterings (vectors, S); it is asked only for those in pairs.
     """
     pairs = _Pairs(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
     num_pairs = np.zeros(len(queries), np.int64)
@@ -83,7 +82,7 @@ def true_pairs(
         pairs = pairs.take(_chosen(pairs, queries.rank, pictures.rank))
     pairs = pairs.take(np.lexsort((pictures.rank[pairs.picture], queries.rank[pairs.query])))
     num_kept = np.bincount(pairs.query, minlength=len(queries))
-    meets = query_homes[pairs.query] == picture_homes[pairs.picture]
+    meets = homes(queries.vector[pairs.query]) == homes(pictures.vector[pairs.picture])
     columns = [
         pa.array(queries.rank[pairs.query]),
         pa.array(pictures.rank[pairs.picture]),

@@ -23,7 +23,7 @@ CENTROIDS = unit(np.random.default_rng(1).standard_normal((50, 32)))
 
 @pytest.mark.parametrize(
     ("num_vectors", "num_clusters"),
-    [(0, 1), (100, 1), (19_999, 1), (20_000, 40), (1_000_000, 543), (160_000_000, 16_000)],
+    [(0, 1), (100, 1), (19_999, 1), (20_000, 179), (1_000_000, 1_265), (160_000_000, 16_000)],
 )
 def test_default_number(num_vectors: int, num_clusters: int) -> None:
     assert default_num_clusters(num_vectors) == num_clusters

@@ -5,9 +5,8 @@
 For each size a corpus with drawn descriptors (tests/benchmarks/drawn_corpus.py) is searched by
 `evenmix dedup`, as a user would start it, with its defaults and with one clustering, which is
 HiDream-I1's way. FAISS compares all vectors with all: `IndexFlatIP.range_search`, on as many
-threads as evenmix has workers. Above 200,000 vectors it does so for a random twentieth of them, of
-which its time for all is extrapolated, and the pairs of this twentieth are what the others must
-find.
+threads as evenmix has workers. Above 50,000 vectors it does so for about 10,000 random ones, of
+which its time for all is extrapolated, and the pairs of these are what the others must find.
 README.md beside this file has the last figures.
 """
 
@@ -70,7 +69,8 @@ SEARCHES = {"evenmix": "", "one clustering": "clusterings = 1\nmin_recall = 0.0"
 
 THRESHOLD = 0.75
 WORKERS = 2
-_ALL_BELOW, _SHARE_ABOVE = 200_000, 1 / 20
+_ALL_BELOW, _QUERIES_ABOVE = 50_000, 10_000
+_UNROUNDED_BELOW = 200_000
 _QUERIES_AT_ONCE = 4_096
 _GOAL_RECALL, _GOAL_TIME_SHARE, _GOAL_SIZE = 0.99, 1 / 20, 1_000_000
 
@@ -131,7 +131,7 @@ def _measure(num_pictures: int, folder: Path, console: Console) -> Size:
     stored = vectors.astype(np.float16).astype(np.float32)
     stored /= np.linalg.norm(stored, axis=1, keepdims=True)
     truth = _brute_force(stored)
-    if num_pictures <= _ALL_BELOW:
+    if num_pictures <= _UNROUNDED_BELOW:
         unrounded = _brute_force(vectors)
         differ = np.setxor1d(truth.pairs, unrounded.pairs, assume_unique=True)
         console.print(
@@ -152,7 +152,7 @@ def _brute_force(vectors: Vectors) -> BruteForce:
     number = len(vectors)
     is_query = np.ones(number, np.bool_)
     if number > _ALL_BELOW:
-        is_query = np.random.default_rng(0).random(number) < _SHARE_ABOVE
+        is_query = np.random.default_rng(0).random(number) < _QUERIES_ABOVE / number
     queries = np.flatnonzero(is_query)
     faiss.omp_set_num_threads(WORKERS)
     index = faiss.IndexFlatIP(DIMENSION)
