@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from dedup.corpus import Places
 from dedup.describe import describe
 from dedup.descriptors import Descriptor, descriptor_of
 from dedup.records import embeddings_schema
@@ -70,7 +71,7 @@ class DescribeAgainst:
     max_pixels: int
     max_bytes: int
     name: str = "dedup-against"
-    version: int = 1
+    version: int = 2
     resource_hints: Mapping[str, str] = field(default_factory=dict)
     items_at_once: int = 1
 
@@ -91,7 +92,7 @@ class DescribeAgainst:
         def pictures(some: Sequence[Any]) -> Iterator[Pixels]:
             for name, url, num_bytes in some:
                 try:
-                    row, pixels = _look(name, url, num_bytes, limits)
+                    row, pixels = self._look(name, url, num_bytes, limits)
                 except PictureError as error:
                     rejected.append(_rejected_row(name, error))
                 else:
@@ -118,28 +119,32 @@ class DescribeAgainst:
             rejected=pa.Table.from_pylist(rejected, schema=REJECTED),
         )
 
+    def _look(
+        self, name: str, url: str, num_bytes: int, limits: Limits
+    ) -> tuple[dict[str, Any], Pixels]:
+        """Read a file and return what is kept of it, and its pixels as they are described.
 
-def _look(name: str, url: str, num_bytes: int, limits: Limits) -> tuple[dict[str, Any], Pixels]:
-    """Read a file and return what is kept of it, but for what describes it, and its pixels.
-
-    Raises:
-        PictureError: it is no picture, or not within the limits.
-        EvenmixError: it cannot be read.
-    """
-    if num_bytes > limits.max_bytes:
-        raise PictureError(RejectReason.TOO_MANY_BYTES, f"{num_bytes} bytes")
-    data = storage.read_bytes(url)
-    header, pixels = images.read(data, limits)
-    row = {
-        "key": key_of(AGAINST, plain(name)),
-        "source_id": plain(name),
-        "width": header.width,
-        "height": header.height,
-        "num_bytes": len(data),
-        "sha256": hashlib.sha256(data).hexdigest(),
-        "pixels_sha256": images.sha256_of_pixels(pixels),
-    }
-    return row, pixels
+        Raises:
+            PictureError: it is no picture, or not within the limits.
+            EvenmixError: it cannot be read.
+        """
+        if num_bytes > limits.max_bytes:
+            raise PictureError(RejectReason.TOO_MANY_BYTES, f"{num_bytes} bytes")
+        data = storage.read_bytes(url)
+        header, pixels = images.read(data, limits)
+        row = {
+            "key": key_of(AGAINST, plain(name)),
+            "source_id": plain(name),
+            "width": header.width,
+            "height": header.height,
+            "num_bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "pixels_sha256": images.sha256_of_pixels(pixels),
+        }
+        if self.descriptor is not None:
+            # As the corpus is, so that a copy of one of its files has the same vector.
+            pixels = images.decode(data, limits, self.descriptor.short_edge_px)
+        return row, pixels
 
 
 def _rejected_row(name: str, error: PictureError) -> dict[str, Any]:
@@ -156,7 +161,7 @@ def _rejected_row(name: str, error: PictureError) -> dict[str, Any]:
 
 def folder_of(recipe: Recipe) -> str:
     """Return the folder below R that has a search's evaluation pictures."""
-    return f"exchange/duplicates-{recipe.dedup.name}/against"
+    return Places(recipe.root, recipe.dedup.name).exchange_folder("against")
 
 
 def describe_against(recipe: Recipe, descriptor: Mapping[str, Any]) -> DescribeAgainst:
@@ -189,6 +194,21 @@ def check(recipe: Recipe) -> None:
     """
     if recipe.dedup.against is not None:
         _list(recipe.dedup.against)
+
+
+def require_pictures(recipe: Recipe, counts: Counts) -> None:
+    """Check that some files were pictures: a corpus that is compared with none would look clean.
+
+    Raises:
+        EvenmixError: none was; the text says why.
+    """
+    if counts.records_out == 0:
+        reasons = ", ".join(f"{number} {reason}" for reason, number in counts.rejected.items())
+        raise EvenmixError(
+            f"none of the {counts.records_in} files of {recipe.dedup.against} is a picture "
+            f"({reasons}); let dedup.against name a folder of picture files, not one of Parquet "
+            "files or archives, or remove it"
+        )
 
 
 def against_items(recipe: Recipe) -> list[WorkItem]:

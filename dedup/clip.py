@@ -44,13 +44,14 @@ class ClipTower:
     name: str = "open_clip"
 
     def identity(self) -> dict[str, Any]:
-        """Return the hash of the tower's weights, its architecture and its preparation."""
+        """Return the hash of the tower's weights, its architecture, how files become its input."""
         return {
             "descriptor": self.name,
             "architecture": self.architecture,
             "weights_sha256": self.weights_sha256,
             "dimension": self.dimension,
             "input": dict(self.preparation),
+            "jpeg_reduced_to_px": self.short_edge_px,
         }
 
     def embed(self, pictures: Iterable[Pixels]) -> Vectors:

@@ -112,17 +112,20 @@ def rounding(dimension: int) -> float:
 
 def vector_hashes(vectors: npt.NDArray[np.float16]) -> npt.NDArray[np.uint64]:
     """Return a hash of each vector's bytes: (n,). Equal vectors have equal ones."""
-    weights = _mixed(np.arange(vectors.shape[1], dtype=np.uint64)) | np.uint64(1)
+    weights = mixed(np.arange(vectors.shape[1], dtype=np.uint64)) | np.uint64(1)
     words = np.ascontiguousarray(vectors).view(np.uint16)
     sums = [
         words[start : start + BLOCK].astype(np.uint64) @ weights
         for start in range(0, len(words), BLOCK)
     ]
-    return _mixed(np.concatenate([np.empty(0, np.uint64), *sums]))
+    return mixed(np.concatenate([np.empty(0, np.uint64), *sums]))
 
 
-def _mixed(numbers: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Return well mixed numbers: splitmix64 (Steele, Lea and Flood, OOPSLA 2014)."""
+def mixed(numbers: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Return 64 bits that stand for random ones of each number, no two of them the same.
+
+    SplitMix64 (Steele, Lea and Flood, Fast splittable pseudorandom number generators, OOPSLA 2014).
+    """
     x = numbers + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -169,22 +172,21 @@ class Layout:
         return [*own, *crosswise]
 
 
-def lay_out(
-    shares: npt.NDArray[np.float64], num_vectors: int, max_rows: int = ROWS_PER_PART
-) -> Layout:
-    """Put the clusters into parts of at most ``max_rows`` vectors, going by their shares (C,).
+def lay_out(shares: npt.NDArray[np.float64], num_vectors: int) -> Layout:
+    """Put the clusters into parts of at most ROWS_PER_PART vectors, going by their shares (C,).
 
     Shares are those of a sample, so that a part can turn out somewhat larger, and a cluster of
-    which the sample has nothing can have vectors.
+    which the sample has nothing can have vectors. A large cluster has parts to itself, and
+    each of them is compared with each other: a swarm of millions takes the square of its parts.
     """
     first, num = np.empty(len(shares), np.int64), np.ones(len(shares), np.int64)
     part, rows = 0, 0.0  # the part that is being filled
     for cluster, expected in enumerate(np.maximum(shares * num_vectors, 1).tolist()):
-        if rows and rows + expected > max_rows:
+        if rows and rows + expected > ROWS_PER_PART:
             part, rows = part + 1, 0.0
         first[cluster] = part
         rows += expected
-        if expected > max_rows:
-            num[cluster] = math.ceil(expected / max_rows)
+        if expected > ROWS_PER_PART:
+            num[cluster] = math.ceil(expected / ROWS_PER_PART)
             part, rows = part + int(num[cluster]), 0.0
     return Layout(first, num)

@@ -6,6 +6,7 @@ are any, are the last shards, of a dataset of their own (:data:`dedup.rules.AGAI
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,6 +36,22 @@ PICTURES_PER_GROUP = 200_000
 ALL = "all"
 """The shard of a stage that has one item, or one for each of a few tables."""
 
+BYTES_PER_PICTURE = 400
+"""What deciding about all pictures at once takes for each of them: 64 GB for the 160 million of i1.
+
+Of a million, a third of them removed, it was 310 in finding out who is who, 360 in the removals and
+300 in the groups of the report."""
+
+
+class Table(StrEnum):
+    """The tables of the report: pseudo datasets beside the real ones of the outcome."""
+
+    REMOVED = "_removed"
+    GROUPS = "_groups"
+    SUMMARY = "_summary"
+    RECALL = "_recall"
+    CONTAMINATION = "_contamination"
+
 
 class Shard(NamedTuple):
     """An image shard, or one of evaluation pictures; an earlier search may have accepted it."""
@@ -46,33 +63,20 @@ class Shard(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Search:
-    """What all stages of a search know.
-
-    ``embeddings`` is the folder of the descriptors below R and ``descriptor`` their identity, empty
-    where none are needed; ``accepted`` is an earlier search, ``priority`` the datasets that win a
-    tie, the first first.
-    """
+class Places:
+    """Where the tables of a search are: those of the outcome, and those on the way to it."""
 
     root: str
     name: str
-    seed: int
-    rules: Rules
-    embeddings: str
-    descriptor: Mapping[str, Any]
-    max_neighbours: int
-    priority: tuple[str, ...] = ()
-    accepted: str | None = None
 
     @property
     def folder(self) -> str:
         """The folder below R of the outcome."""
         return f"duplicates/{self.name}"
 
-    @property
-    def dimension(self) -> int:
-        """The length of the descriptors."""
-        return int(self.descriptor["dimension"])
+    def outcome_url(self, dataset: str) -> str:
+        """Return where a table of the report is, which is the only one of its pseudo dataset."""
+        return storage.join(dataset_url(self.root, self.folder, dataset), f"{ALL}.parquet")
 
     def exchange_folder(self, step: str) -> str:
         """Return the folder below R of what one step hands to another; it may go afterwards."""
@@ -84,9 +88,28 @@ class Search:
             dataset_url(self.root, self.exchange_folder(step), dataset), f"{shard}.parquet"
         )
 
-    def outcome_url(self, dataset: str) -> str:
-        """Return where a table of the report is, which is the only one of its pseudo dataset."""
-        return storage.join(dataset_url(self.root, self.folder, dataset), f"{ALL}.parquet")
+
+@dataclass(frozen=True)
+class Search(Places):
+    """What all stages of a search know.
+
+    ``embeddings`` is the folder of the descriptors below R and ``descriptor`` their identity, empty
+    where none are needed; ``accepted`` is an earlier search, ``priority`` the datasets that win a
+    tie, the first first.
+    """
+
+    seed: int
+    rules: Rules
+    embeddings: str
+    descriptor: Mapping[str, Any]
+    max_neighbours: int
+    priority: tuple[str, ...] = ()
+    accepted: str | None = None
+
+    @property
+    def dimension(self) -> int:
+        """The length of the descriptors."""
+        return int(self.descriptor["dimension"])
 
     def index_url(self, dataset: str, shard: str) -> str:
         """Return where a shard's pictures are listed."""
@@ -102,7 +125,7 @@ class Search:
 
     def accepted_url(self, dataset: str, shard: str) -> str:
         """Return where the earlier search has the outcome of a shard that it accepted."""
-        folder = f"duplicates/{self.accepted}"
+        folder = Places(self.root, str(self.accepted)).folder
         return storage.join(dataset_url(self.root, folder, dataset), f"{shard}.parquet")
 
     def pictures(self, group: int) -> pa.Table:
@@ -124,6 +147,11 @@ def group_shards(shards: Sequence[Shard]) -> list[list[Shard]]:
     return groups
 
 
+def memory_for(num_pictures: int) -> dict[str, str]:
+    """Return the resource hint of a stage that decides about so many pictures at once."""
+    return {"min_ram": f"{4 + num_pictures * BYTES_PER_PICTURE // 10**9}GB"}
+
+
 def group_item(
     step_dataset: str,
     group: int,
@@ -133,7 +161,12 @@ def group_item(
 ) -> WorkItem:
     """Return the work item about a group of shards; ``payload`` is what else it is told."""
     about = {"group": group, "shards": [list(shard) for shard in shards]}
-    return WorkItem(step_dataset, f"group-{group:05}", inputs, about | payload)
+    return WorkItem(step_dataset, group_name(group), inputs, about | payload)
+
+
+def group_name(group: int) -> str:
+    """Return the name under which a step's table about a group of shards stands."""
+    return f"group-{group:05}"
 
 
 def shards_of(payload: Mapping[str, Any]) -> list[Shard]:

@@ -4,83 +4,142 @@ The story is :func:`run_recipe`: who is who; a few pictures compared with all, t
 clusters can reach; the search within clusters; the removals; the report and the outcome. The
 stages are in :mod:`dedup.search_stages` and :mod:`dedup.outcome_stages`. Where no dataset asks for
 near-duplicates there is no search.
+
+Report and outcome are known by what went into the search and by its options, not by its steps. So
+once they are finished the steps' tables, in R/exchange, can go, and nothing is done again.
 """
 
 import argparse
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
+import pyarrow.compute as pc
+
 from dedup import against, embed
-from dedup.corpus import ALL, Search, Shard, group_shards
+from dedup.corpus import ALL, Places, Search, Shard, Table, group_shards, memory_for
 from dedup.near_duplicates import Found, Searched, find_near_duplicates
-from dedup.outcome_stages import (
-    CONTAMINATION,
-    GROUPS,
-    RECALL,
-    REMOVED,
-    SUMMARY,
-    ChooseRemovals,
-    Report,
-    WriteOutcome,
-)
+from dedup.outcome_stages import ChooseRemovals, Report, WriteOutcome
 from dedup.pictures import OrderPictures
 from dedup.recall import recall_table
 from dedup.report import summary_table
 from dedup.rules import AGAINST, rules_of
+from dedup.search_stages import FindPairs, FindTruth, FitClusters, MergeGraph, Regroup, Sample
 from dedup.show import draw_largest, show
-from dedup.steps import run_step
+from dedup.steps import Published, run_step
 from pipeline import storage
 from pipeline.beam_job import RunnerOptions
 from pipeline.command_options import add_stage_arguments, recipe_of, runner_of
 from pipeline.errors import EvenmixError
 from pipeline.progress import console
+from pipeline.reasons import RejectReason
 from pipeline.receipts import difference, fingerprint, read_receipt
 from pipeline.recipe import Recipe
 from pipeline.records import IMAGES
 from pipeline.run import run_stage
-from pipeline.stage import WorkItem
+from pipeline.stage import WorkItem, make_plan
 from pipeline.summary import finished_shards, finished_summary
+
+_STEPS = (
+    OrderPictures,
+    Sample,
+    FitClusters,
+    FindTruth,
+    Regroup,
+    FindPairs,
+    MergeGraph,
+    ChooseRemovals,
+)
+"""The stages whose logic decides the outcome."""
 
 
 def run_recipe(recipe: Recipe, runner: RunnerOptions) -> None:
     """Find the duplicates within and across all datasets of a recipe.
 
     Raises:
-        EvenmixError: a stage before has not finished, the descriptors do not fit together, or the
-            clusters cannot reach the recall that the recipe asks for.
+        EvenmixError: a stage before has not finished, the descriptors do not fit together, the
+            clusters cannot reach the recall that the recipe asks for, or a search of this name has
+            been made in another way.
     """
     search = _search_of(recipe)
-    inputs = _inputs(recipe, search, runner)
-    groups = group_shards(_shards(recipe, search))
-    payload: dict[str, Any] = {"groups": groups, "graph": []}
-    num_pictures = sum(shard.num_pictures for group in groups for shard in group)
+    accepted = _accepted_shards(recipe)
+    inputs = _inputs(recipe, search, accepted)
+    evaluation = against.against_items(recipe)
+    identity = {"search": _identity(recipe, inputs, evaluation)}
 
+    corpus = _corpus_shards(recipe, accepted)
+    num_pictures = sum(shard.num_pictures for shard in corpus)
+    report = Report(search, search.root, search.folder, resource_hints=memory_for(num_pictures))
+    tables = _table_items(search, identity, {})
+    write = WriteOutcome(search, search.root, search.folder)
+    outcome = _outcome_items(search, corpus, identity)
+    if make_plan(report, tables).is_finished and make_plan(write, outcome).is_finished:
+        run_stage(report, tables, runner)
+    else:
+        if evaluation:
+            described = _describe_against(recipe, search, evaluation, runner)
+            inputs = {**inputs, "against": described.digest}
+            corpus = [*corpus, *_shards(recipe, search.exchange_folder("against"), AGAINST)]
+        payload = _find_duplicates(recipe, search, corpus, inputs, runner)
+        removed, *others = _table_items(search, identity, payload)
+        run_step(report, [removed], runner)
+        run_step(report, others, runner)
+        _draw(recipe)
+    run_stage(write, outcome, runner)
+    _show_report(recipe, search)
+
+
+def _find_duplicates(
+    recipe: Recipe,
+    search: Search,
+    shards: Sequence[Shard],
+    inputs: Mapping[str, Any],
+    runner: RunnerOptions,
+) -> dict[str, Any]:
+    """Decide who goes; return what the stage of the report is told."""
+    groups = group_shards(shards)
+    hints = memory_for(sum(shard.num_pictures for shard in shards))
     order = OrderPictures(
-        search, search.root, search.exchange_folder("pictures"), num_pictures=num_pictures
+        search, search.root, search.exchange_folder("pictures"), resource_hints=hints
     )
-    pictures = run_step(order, [WorkItem(ALL, ALL, inputs, payload)], runner)
-    inputs["pictures"] = pictures.digest
+    pictures = run_step(order, [WorkItem(ALL, ALL, inputs, {"groups": groups})], runner)
+    inputs = {**inputs, "pictures": pictures.digest}
     found = None
     num_searched = pictures.counts.records_out
     if num_searched:
-        searched = Searched(search, groups, num_searched, {**inputs}, runner)
+        searched = Searched(search, groups, num_searched, inputs, runner)
         found = find_near_duplicates(searched, recipe.dedup)
-        inputs["graph"] = found.graph.digest
-        payload["graph"] = found.graph.urls
+        inputs = {**inputs, "graph": found.graph.digest}
 
+    remove_contamination = recipe.dedup.contamination == "remove"
     choose = ChooseRemovals(
         search,
         search.root,
         search.exchange_folder("removals"),
-        remove_contamination=recipe.dedup.contamination == "remove",
+        resource_hints=hints,
+        remove_contamination=remove_contamination,
     )
-    removals = run_step(choose, [WorkItem(ALL, ALL, inputs, payload)], runner)
-    payload["removals"] = removals.urls[0]
-    inputs = {"removals": removals.digest}
-    _report(search, inputs, payload, found, runner)
-    write = WriteOutcome(search, search.root, search.folder)
-    run_stage(write, _outcome_items(search, groups, inputs, payload), runner)
-    _show_report(recipe, search, found)
+    payload = {"groups": groups, "graph": found.graph.urls if found else []}
+    run_step(choose, [WorkItem(ALL, ALL, inputs, payload)], runner)
+    return {
+        **payload,
+        **_truth(found),
+        "removals": _removals_url(search),
+        "remove_contamination": remove_contamination,
+    }
+
+
+def _truth(found: Found | None) -> dict[str, Any]:
+    """Return what the table of the recall is made of."""
+    if found is None:
+        return {}
+    return {
+        "truth": found.truth.urls,
+        "queries": found.truth.queries,
+        "num_clusterings": found.size.num_clusterings,
+        "num_searched": found.size.num_searched,
+        "num_comparisons": found.num_comparisons,
+    }
 
 
 def _search_of(recipe: Recipe) -> Search:
@@ -98,8 +157,10 @@ def _search_of(recipe: Recipe) -> Search:
     )
 
 
-def _inputs(recipe: Recipe, search: Search, runner: RunnerOptions) -> dict[str, Any]:
-    """Return what identifies all that is read, and describe the evaluation pictures."""
+def _inputs(
+    recipe: Recipe, search: Search, accepted: Mapping[str, Mapping[str, str]]
+) -> dict[str, Any]:
+    """Return what identifies all that is read of the corpus and of an earlier search."""
     root = recipe.root
     inputs: dict[str, Any] = {
         "images": {
@@ -111,29 +172,46 @@ def _inputs(recipe: Recipe, search: Search, runner: RunnerOptions) -> dict[str, 
             for dataset in search.rules.near_datasets()
         },
     }
-    if recipe.dedup.against is not None:
-        describe = against.describe_against(recipe, search.descriptor)
-        described = run_step(describe, against.against_items(recipe), runner)
-        inputs["against"] = described.digest
-    if recipe.dedup.accepted is not None:
-        inputs["accepted"] = {
-            dataset: fingerprint(finished_shards(root, _accepted_folder(recipe), dataset, "dedup"))
-            for dataset in _accepted_datasets(recipe)
-        }
+    if accepted:
+        inputs["accepted"] = {dataset: fingerprint(shards) for dataset, shards in accepted.items()}
     return inputs
 
 
-def _accepted_folder(recipe: Recipe) -> str:
-    return f"duplicates/{recipe.dedup.accepted}"
+def _identity(
+    recipe: Recipe, inputs: Mapping[str, Any], evaluation: Sequence[WorkItem]
+) -> dict[str, Any]:
+    """Return all that decides the outcome, briefly, for it stands in every one of its files."""
+    dedup = recipe.dedup
+    compared_with = {
+        "files": [dict(item.inputs) for item in evaluation],
+        "max_pixels": recipe.images.max_pixels,
+        "max_bytes": recipe.images.max_bytes,
+    }
+    return {
+        **{name: fingerprint(digests) for name, digests in inputs.items()},
+        "against": fingerprint(compared_with) if evaluation else None,
+        "contamination": dedup.contamination,
+        "rules": fingerprint(rules_of(recipe).identity()),
+        "seed": recipe.seed,
+        "clusterings": dedup.clusterings,
+        "num_clusters": dedup.num_clusters,
+        "max_neighbours": dedup.max_neighbours,
+        "priority": dedup.priority,
+        "versions": [step.version for step in _STEPS],
+    }
 
 
-def _accepted_datasets(recipe: Recipe) -> list[str]:
-    """Return the datasets that the earlier search was about.
+def _accepted_shards(recipe: Recipe) -> dict[str, dict[str, str]]:
+    """Return the digests of the shards that the earlier search was about, by dataset.
 
     Raises:
-        EvenmixError: there is no such search, or it was about datasets that the recipe lacks.
+        EvenmixError: there is no such search, it has not ended, it was about datasets that the
+            recipe lacks, or it knew evaluation pictures and this one does not.
     """
-    folder = storage.join(recipe.root, _accepted_folder(recipe))
+    if recipe.dedup.accepted is None:
+        return {}
+    earlier = Places(recipe.root, recipe.dedup.accepted)
+    folder = storage.join(recipe.root, earlier.folder)
     names = {file.name.partition("/")[0] for file in storage.list_files(folder)}
     datasets = sorted(name for name in names if not name.startswith("_"))
     if not datasets:
@@ -144,85 +222,105 @@ def _accepted_datasets(recipe: Recipe) -> list[str]:
             f"{folder} has accepted pictures of {', '.join(strange)}, which the recipe lacks; "
             "name all of its datasets, since new pictures are compared with what it accepted"
         )
-    return datasets
+    shards = {
+        dataset: finished_shards(recipe.root, earlier.folder, dataset, "dedup")
+        for dataset in datasets
+    }
+    if recipe.dedup.against is None:
+        rules = storage.read_parquet(earlier.outcome_url(Table.SUMMARY), ["rule"])["rule"]
+        if pc.any(pc.equal(rules, RejectReason.CONTAMINATION)).as_py():
+            raise EvenmixError(
+                f"{folder} has removed pictures that are like evaluation pictures; copies of them "
+                "that are new would come in, so name dedup.against again"
+            )
+    return shards
 
 
-def _shards(recipe: Recipe, search: Search) -> list[Shard]:
-    """Return all shards by dataset and name, those of evaluation pictures last."""
-    accepted = set()
-    if recipe.dedup.accepted is not None:
-        accepted = {
-            (dataset, name)
-            for dataset in _accepted_datasets(recipe)
-            for name in finished_shards(recipe.root, _accepted_folder(recipe), dataset, "dedup")
-        }
-    folders = dict.fromkeys(sorted(recipe.datasets), IMAGES)
-    if recipe.dedup.against is not None:
-        folders[AGAINST] = search.exchange_folder("against")
+def _corpus_shards(recipe: Recipe, accepted: Mapping[str, Mapping[str, str]]) -> list[Shard]:
+    """Return the shards of all datasets, by dataset and name."""
     return [
-        Shard(dataset, name, item["counts"]["records_out"], (dataset, name) in accepted)
-        for dataset, folder in folders.items()
-        for name, item in sorted(
-            finished_summary(recipe.root, folder, dataset, "ingest").items.items()
+        shard._replace(is_accepted=shard.name in accepted.get(dataset, {}))
+        for dataset in sorted(recipe.datasets)
+        for shard in _shards(recipe, IMAGES, dataset)
+    ]
+
+
+def _shards(recipe: Recipe, folder: str, dataset: str) -> list[Shard]:
+    summary = finished_summary(recipe.root, folder, dataset, "ingest")
+    return [
+        Shard(dataset, name, item["counts"]["records_out"], is_accepted=False)
+        for name, item in sorted(summary.items.items())
+    ]
+
+
+def _describe_against(
+    recipe: Recipe, search: Search, items: Sequence[WorkItem], runner: RunnerOptions
+) -> Published:
+    """Describe the evaluation pictures.
+
+    Raises:
+        EvenmixError: none of the files is a picture, or they would be described in another way
+            than the corpus was.
+    """
+    described = run_step(against.describe_against(recipe, search.descriptor), items, runner)
+    against.require_pictures(recipe, described.counts)
+    console.print(
+        f"dedup: the corpus is compared with {described.counts.records_out:,} evaluation pictures"
+    )
+    return described
+
+
+def _table_items(
+    search: Search, identity: Mapping[str, Any], payload: Mapping[str, Any]
+) -> list[WorkItem]:
+    """Return an item for each table of the report; the first is that of which others are made."""
+    tables = [Table.REMOVED, Table.GROUPS, Table.SUMMARY]
+    if AGAINST in search.rules.datasets:
+        tables.append(Table.CONTAMINATION)
+    if search.rules.near_datasets():
+        tables.append(Table.RECALL)
+    return [WorkItem(table, ALL, identity, payload) for table in tables]
+
+
+def _removals_url(search: Search) -> str:
+    return search.table_url("removals", ALL, ALL)
+
+
+def _outcome_items(
+    search: Search, corpus: Sequence[Shard], identity: Mapping[str, Any]
+) -> list[WorkItem]:
+    """Return an item for each image shard: it is told its place in its group.
+
+    Evaluation pictures are behind all others, so they change no place.
+    """
+    return [
+        WorkItem(
+            shard.dataset,
+            shard.name,
+            identity,
+            {"group": number, "start": start, "removals": _removals_url(search)},
+        )
+        for number, group in enumerate(group_shards(corpus))
+        for shard, start in zip(
+            group, accumulate((shard.num_pictures for shard in group), initial=0), strict=False
         )
     ]
 
 
-def _report(
-    search: Search,
-    inputs: Mapping[str, Any],
-    payload: Mapping[str, Any],
-    found: Found | None,
-    runner: RunnerOptions,
-) -> None:
-    """Make the tables of the report."""
-    names = [REMOVED, GROUPS, SUMMARY]
+def _draw(recipe: Recipe) -> None:
+    drawn = draw_largest(recipe)
+    if drawn:
+        folder = drawn[0].rpartition("/")[0]
+        console.print(f"dedup: {len(drawn)} largest groups are drawn in {folder}", soft_wrap=True)
+
+
+def _show_report(recipe: Recipe, search: Search) -> None:
+    """Print what was removed, what was missed, and what is like evaluation pictures."""
+    console.print(summary_table(storage.read_parquet(search.outcome_url(Table.SUMMARY))))
+    if search.rules.near_datasets():
+        console.print(recall_table(storage.read_parquet(search.outcome_url(Table.RECALL))))
     if AGAINST in search.rules.datasets:
-        names.append(CONTAMINATION)
-    items = [WorkItem(name, ALL, inputs, payload) for name in names]
-    if found is not None:
-        truth = {
-            "truth": found.truth.urls,
-            "queries": found.truth.queries,
-            "num_clusterings": found.size.num_clusterings,
-            "num_searched": found.size.num_searched,
-            "num_comparisons": found.num_comparisons,
-        }
-        items.append(WorkItem(RECALL, ALL, inputs, {**payload, **truth}))
-    run_step(Report(search, search.root, search.folder), items, runner)
-
-
-def _outcome_items(
-    search: Search,
-    groups: Sequence[Sequence[Shard]],
-    inputs: Mapping[str, Any],
-    payload: Mapping[str, Any],
-) -> list[WorkItem]:
-    """Return an item for each image shard: it is told its place in its group."""
-    digests = {
-        dataset: finished_shards(search.root, IMAGES, dataset, "ingest")
-        for dataset in search.rules.datasets
-        if dataset != AGAINST
-    }
-    items = []
-    for number, group in enumerate(groups):
-        start = 0
-        for shard in group:
-            if shard.dataset != AGAINST:
-                own = {"images": digests[shard.dataset][shard.name]}
-                place = {"group": number, "start": start, "removals": payload["removals"]}
-                items.append(WorkItem(shard.dataset, shard.name, {**inputs, **own}, place))
-            start += shard.num_pictures
-    return items
-
-
-def _show_report(recipe: Recipe, search: Search, found: Found | None) -> None:
-    """Print what was removed and what was missed, and draw the largest groups."""
-    console.print(summary_table(storage.read_parquet(search.outcome_url(SUMMARY))))
-    if found is not None:
-        console.print(recall_table(storage.read_parquet(search.outcome_url(RECALL))))
-    if AGAINST in search.rules.datasets:
-        url = search.outcome_url(CONTAMINATION)
+        url = search.outcome_url(Table.CONTAMINATION)
         number = storage.read_parquet(url, ["key"]).num_rows
         what = "removed" if recipe.dedup.contamination == "remove" else "reported, not removed"
         console.print(
@@ -230,10 +328,6 @@ def _show_report(recipe: Recipe, search: Search, found: Found | None) -> None:
             f"are {what}, and listed in {url}",
             soft_wrap=True,
         )
-    drawn = draw_largest(recipe)
-    if drawn:
-        folder = drawn[0].rpartition("/")[0]
-        console.print(f"dedup: {len(drawn)} largest groups are drawn in {folder}", soft_wrap=True)
 
 
 def _common_descriptor(recipe: Recipe, datasets: list[str]) -> Mapping[str, Any]:
@@ -264,12 +358,11 @@ def check(recipe: Recipe) -> None:
     """Check what a search needs beside the stages before it.
 
     Raises:
-        EvenmixError: there are no evaluation pictures where the recipe says, or no such earlier
-            search.
+        EvenmixError: there are no evaluation pictures where the recipe says, or the earlier search
+            cannot be gone on from.
     """
     against.check(recipe)
-    if recipe.dedup.accepted is not None:
-        _accepted_datasets(recipe)
+    _accepted_shards(recipe)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

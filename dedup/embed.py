@@ -102,6 +102,21 @@ def check(recipe: Recipe) -> None:
         descriptor_of(recipe.dedup)
 
 
+def stage_of(recipe: Recipe) -> Embed:
+    """Return the stage for a recipe, with the accelerator that it wants for the descriptor.
+
+    Raises:
+        EvenmixError: as :func:`check`.
+    """
+    accelerator = recipe.dedup.accelerator
+    return Embed(
+        recipe.root,
+        folder_of(recipe),
+        descriptor_of(recipe.dedup),
+        resource_hints={"accelerator": accelerator} if accelerator else {},
+    )
+
+
 def run_recipe(recipe: Recipe, runner: RunnerOptions) -> None:
     """Embed the datasets of a recipe that ask for near-duplicates."""
     items = [
@@ -110,8 +125,7 @@ def run_recipe(recipe: Recipe, runner: RunnerOptions) -> None:
         for shard, digest in finished_shards(recipe.root, IMAGES, dataset, "ingest").items()
     ]
     if items:
-        stage = Embed(recipe.root, folder_of(recipe), descriptor_of(recipe.dedup))
-        run_stage(stage, items, runner)
+        run_stage(stage_of(recipe), items, runner)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,7 +18,11 @@ Bools = npt.NDArray[np.bool_]
 
 
 def declared_order(
-    level: Ints, num_pixels: Ints, num_bytes: Ints, priority: Ints, key: npt.NDArray[np.void]
+    level: npt.NDArray[np.int8],
+    num_pixels: Ints,
+    num_bytes: Ints,
+    priority: Ints,
+    key: npt.NDArray[np.void],
 ) -> Ints:
     """Return the rows from best to worst.
 

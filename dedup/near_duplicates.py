@@ -11,11 +11,7 @@ from typing import Any
 
 from dedup import clusters, recall
 from dedup.corpus import ALL, Search, Shard, group_item
-from dedup.outcome_stages import read_truth
-from dedup.records import read_vectors
 from dedup.search_stages import (
-    QUERIES_PER_LOT,
-    RANKS_PER_RANGE,
     FindPairs,
     FindTruth,
     FitClusters,
@@ -24,8 +20,13 @@ from dedup.search_stages import (
     Sample,
     Size,
     clustering_name,
+    comparison_name,
+    num_ranges,
+    query_destinations,
+    read_layout,
 )
 from dedup.steps import Published, run_step
+from dedup.truth import read_truth
 from pipeline.beam_job import RunnerOptions
 from pipeline.exchange import read_slices
 from pipeline.progress import console
@@ -88,12 +89,13 @@ def find_near_duplicates(searched: Searched, options: Dedup) -> Found:
     num_clusterings = options.clusterings if num_clusters > 1 else 1
     size = Size(searched.num_searched, num_clusters, num_clusterings)
     names = [clustering_name(number) for number in range(num_clusterings)]
+    num_groups = len(searched.groups)
 
     pick = Sample.of(search, "sample", size)
     samples = run_step(pick, searched.group_items(ALL, {}), runner)
     fit = FitClusters.of(search, "clusters", size)
     fits = [
-        WorkItem(name, ALL, {"samples": samples.digest}, {"number": i, "samples": samples.urls})
+        WorkItem(name, ALL, {"samples": samples.digest}, {"number": i, "num_groups": num_groups})
         for i, name in enumerate(names)
     ]
     inputs = {"clusters": run_step(fit, fits, runner).digest}
@@ -111,38 +113,26 @@ def find_near_duplicates(searched: Searched, options: Dedup) -> Found:
         ],
         runner,
     )
-    comparisons = [item for name in names for item in _comparisons(search, size, name, vectors)]
+    comparisons = [
+        WorkItem(
+            name,
+            comparison_name(parts),
+            {"vectors": vectors.digest},
+            {"parts": list(parts), "num_groups": num_groups},
+        )
+        for i, name in enumerate(names)
+        for parts in read_layout(search, size, i).comparisons()
+    ]
     pairs = run_step(FindPairs.of(search, "pairs", size), comparisons, runner)
 
-    merge = MergeGraph(search, search.root, search.folder, size)
+    merge = MergeGraph(search, search.root, search.folder, size=size)
     num_pictures = sum(shard.num_pictures for group in searched.groups for shard in group)
     ranges = [
-        WorkItem(
-            GRAPH,
-            f"range-{number:05}",
-            {"pairs": pairs.digest},
-            {"range": number, "pairs": pairs.urls},
-        )
-        for number in range(ceil(num_pictures / RANKS_PER_RANGE))
+        WorkItem(GRAPH, f"range-{number:05}", {"pairs": pairs.digest}, {"range": number})
+        for number in range(num_ranges(num_pictures))
     ]
     graph = run_step(merge, ranges, runner)
     return Found(size, truth, graph, pairs.counts.records_in)
-
-
-def _comparisons(search: Search, size: Size, name: str, vectors: Published) -> list[WorkItem]:
-    """Return the comparisons of a clustering: of parts, and of two parts of a large cluster."""
-    url = search.table_url("clusters", name, ALL)
-    table, _ = read_vectors(url, "centroid", search.dimension, ["share"])
-    layout = clusters.lay_out(table["share"].to_numpy(), size.num_searched)
-    return [
-        WorkItem(
-            name,
-            "part-" + "-".join(f"{part:05}" for part in parts),
-            {"vectors": vectors.digest},
-            {"parts": list(parts), "vectors": vectors.by_dataset[name]},
-        )
-        for parts in layout.comparisons()
-    ]
 
 
 def _find_truth(
@@ -155,17 +145,16 @@ def _find_truth(
     for round_name in ("first", "further"):
         num_pairs = round(read_truth(urls)["weight"].to_numpy().sum())
         wanted = recall.more_queries(len(queries), num_pairs, size.num_searched)
-        first_lot = len(queries) // QUERIES_PER_LOT
-        lots = list(range(first_lot, first_lot + ceil(wanted / QUERIES_PER_LOT)))
+        first_lot = len(queries) // recall.MIN_QUERIES
+        lots = list(range(first_lot, first_lot + ceil(wanted / recall.MIN_QUERIES)))
         if not lots:
             break
         items = searched.group_items(
-            round_name, {**inputs, "lots": lots}, lots=lots, samples=samples.urls
+            round_name, {**inputs, "lots": lots}, lots=lots, num_groups=len(searched.groups)
         )
         urls += run_step(stage, items, searched.runner).urls
-        for lot in lots:
-            for table in read_slices(samples.urls, size.num_clusterings + lot):
-                queries += table["rank"].to_pylist()
+        for table in read_slices(samples.urls, *query_destinations(size, lots)):
+            queries += table["rank"].to_pylist()
     return Truth(urls, queries)
 
 
@@ -180,6 +169,6 @@ def _check_reach(truth: Truth, size: Size, min_recall: float) -> None:
     reachable = recall.reach(pairs, size.num_clusterings, num_queries, size.num_searched)
     measures = recall.reach_measures(reachable)
     console.print(recall.recall_table(recall.recall_rows(measures)))
-    if reachable[-1].value < min_recall:
-        needed = recall.needed_clusterings(pairs, size.num_clusterings, min_recall)
-        recall.refuse_low_reach(reachable, min_recall, needed)
+    warning = recall.check_reach(reachable, pairs, min_recall)
+    if warning is not None:
+        console.print(f"warning: {warning}; going on, as it may be chance", soft_wrap=True)

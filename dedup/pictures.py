@@ -1,12 +1,13 @@
 """Who is who: the declared order of all pictures of a corpus, and which are exact copies.
 
-All is decided in one place, on arrays: about 100 bytes a picture, 16 GB for the 160 million of i1.
-From here on a picture is known by its rank in the declared order: of two copies the one with the
-lower rank stays.
+All is decided in one place, on arrays (:data:`dedup.corpus.BYTES_PER_PICTURE`). From here on a
+picture is known by its rank in the declared order: of two copies the one with the lower rank stays.
 """
 
+from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,19 +15,22 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dedup.clusters import mixed
 from dedup.corpus import Search, Shard, shards_of
 from dedup.exact import copy_groups, first_of_equal
 from dedup.keepers import declared_order
 from dedup.records import PICTURES, Bools, Ints, key_column, keys_from_hex
 from dedup.rules import AGAINST, Rules
+from dedup.steps import SearchStage
 from pipeline import storage
 from pipeline.errors import EvenmixError
 from pipeline.exchange import exchange_table
 from pipeline.receipts import Counts
-from pipeline.records import uniform_hash
 from pipeline.stage import Output, WorkItem
 
 Keys = npt.NDArray[np.void]
+
+_CONCURRENT_READS = 16
 
 EVALUATION, ACCEPTED, NEW = 0, 1, 2
 """Levels of the declared order: what stays in any case comes first."""
@@ -37,8 +41,8 @@ class Facts:
     """What decides the order, arrays with one entry a picture, by dataset, shard and row.
 
     Keys and hashes (their first 128 bits) have dtype V16. ``dataset`` is the number among the
-    rules' datasets. ``keeper`` is the key of the picture in whose favour an earlier search removed
-    this one, where ``settled`` says that it did.
+    rules' datasets, int16, and ``level`` int8. ``keeper`` is the key of the picture in whose favour
+    an earlier search removed this one, where ``settled`` says that it did.
     """
 
     key: Keys
@@ -46,8 +50,8 @@ class Facts:
     num_bytes: Ints
     sha256: Keys
     pixels_sha256: Keys
-    dataset: Ints
-    level: Ints
+    dataset: npt.NDArray[np.int16]
+    level: npt.NDArray[np.int8]
     settled: Bools
     keeper: Keys
 
@@ -55,22 +59,22 @@ class Facts:
 def who_is_who(facts: Facts, rules: Rules, priority: Sequence[str], seed: int) -> pa.Table:
     """Return PICTURES in the order of the facts.
 
-    A record that repeats the key of an earlier one goes with that one, whatever picture it has. An
-    exact copy goes with the best one of its dataset, for these have one rule, and so the same
-    neighbours: a million copies make no pairs. Pictures that were accepted, and those of datasets
-    whose copies stay, are free.
+    A record that repeats the key of an earlier one goes with that one, whatever picture it has, and
+    is settled if that one is. An exact copy goes with the best one of its dataset, for these have
+    one rule, and so the same neighbours: a million copies make no pairs. Pictures that were
+    accepted, and those of datasets whose copies stay, are free.
     """
-    order, num_records = _order(facts, rules, priority)
+    first = first_of_equal(facts.key)
+    order = _order(facts, rules, priority, first)
     rank = np.empty(len(order), np.int64)
     rank[order] = np.arange(len(order))
 
     # From here on by rank.
-    key, dataset, level = facts.key[order], facts.dataset[order], facts.level[order]
-    settled = facts.settled[order]
-    stand_in = first_of_equal(key)  # of repeats; they come last
-    free = np.arange(len(order)) < num_records
-    free &= ~settled
-    _bind_settled(stand_in, key, facts.keeper[order], settled)
+    dataset, level = facts.dataset[order], facts.level[order]
+    stand_in = rank[first[order]]
+    settled = facts.settled[order][stand_in] | facts.settled[order]
+    free = ~settled & (stand_in == np.arange(len(order)))
+    _bind_settled(stand_in, facts, order)
 
     copies = np.arange(len(order))
     rows = np.flatnonzero(free)
@@ -82,13 +86,11 @@ def who_is_who(facts: Facts, rules: Rules, priority: Sequence[str], seed: int) -
     stand_in[bound] = best[bound]
     free &= stand_in == np.arange(len(order))
 
-    near = np.isin(np.array(rules.datasets), [*rules.near_datasets(), AGAINST])
+    near = np.isin(np.array(rules.datasets), rules.searched_datasets())
     searched = np.flatnonzero(free & near[dataset])
     draw = np.full(len(order), -1)
-    hashes = [uniform_hash(seed, key.hex(), "draw") for key in key[searched].tolist()]
-    draw[searched[np.argsort(np.array(hashes, np.uint64), kind="stable")]] = np.arange(
-        len(searched)
-    )
+    in_random_order = np.argsort(_hashes(facts.key[order[searched]], seed), kind="stable")
+    draw[searched[in_random_order]] = np.arange(len(searched))
     columns = [
         pa.array(rank),
         key_column(facts.key),
@@ -96,13 +98,13 @@ def who_is_who(facts: Facts, rules: Rules, priority: Sequence[str], seed: int) -
         pa.array(copies[rank]),
         pa.array(draw[rank]),
         pa.array(facts.level == ACCEPTED),
-        pa.array(facts.settled),
+        pa.array(settled[rank]),
     ]
     return pa.table(columns, schema=PICTURES)
 
 
-def _order(facts: Facts, rules: Rules, priority: Sequence[str]) -> tuple[Ints, int]:
-    """Return the places from best to worst, records that repeat a key last, and how many do not."""
+def _order(facts: Facts, rules: Rules, priority: Sequence[str], first: Ints) -> Ints:
+    """Return the places from best to worst, records that repeat a key (not ``first``) last."""
     places = [
         priority.index(dataset) if dataset in priority else len(priority)
         for dataset in rules.datasets
@@ -110,37 +112,35 @@ def _order(facts: Facts, rules: Rules, priority: Sequence[str]) -> tuple[Ints, i
     order = declared_order(
         facts.level, facts.num_pixels, facts.num_bytes, np.array(places)[facts.dataset], facts.key
     )
-    is_repeat = first_of_equal(facts.key) != np.arange(len(order))
-    order = order[np.argsort(is_repeat[order], kind="stable")]
-    return order, len(order) - int(is_repeat.sum())
+    is_repeat = first != np.arange(len(order))
+    return order[np.argsort(is_repeat[order], kind="stable")]
 
 
-def _bind_settled(stand_in: Ints, key: Keys, keeper: Keys, settled: Bools) -> None:
+def _bind_settled(stand_in: Ints, facts: Facts, order: Ints) -> None:
     """Bind what an earlier search removed to its keeper, where that is a picture of the corpus."""
-    rows = np.flatnonzero(settled & (stand_in == np.arange(len(key))))
+    rows = np.flatnonzero(facts.settled[order] & (stand_in == np.arange(len(order))))
+    if not len(rows):
+        return
+    key, keeper = facts.key[order], facts.keeper[order[rows]]
     by_key = np.argsort(key.view("S16"), kind="stable")
-    found = np.searchsorted(key.view("S16")[by_key], keeper[rows].view("S16"))
+    found = np.searchsorted(key.view("S16")[by_key], keeper.view("S16"))
     found = by_key[np.minimum(found, len(by_key) - 1)]
-    is_there = key[found] == keeper[rows]
+    is_there = key[found] == keeper
     stand_in[rows[is_there]] = found[is_there]
 
 
+def _hashes(keys: Keys, seed: int) -> npt.NDArray[np.uint64]:
+    """Return 64 bits that stand for a random draw about each key, whose own bits are random."""
+    leading = keys.view("<u8").reshape(-1, 2)[:, 0]
+    return mixed(leading ^ mixed(np.array([seed % 2**64], np.uint64)))
+
+
 @dataclass(frozen=True)
-class OrderPictures:
+class OrderPictures(SearchStage):
     """The stage that finds out who is who; its table is exchanged by group of shards."""
 
-    search: Search
-    root: str
-    folder: str
-    num_pictures: int
     name: str = "dedup-pictures"
-    version: int = 1
-    items_at_once: int = 1
-
-    @property
-    def resource_hints(self) -> Mapping[str, str]:
-        """Return the memory that so many pictures need."""
-        return {"min_ram": f"{4 + self.num_pictures // 8_000_000}GB"}
+    version: int = 2
 
     def config(self, dataset: str) -> Mapping[str, Any]:
         """Return what decides the order."""
@@ -180,55 +180,63 @@ class OrderPictures:
 
 
 def read_facts(search: Search, shards: Sequence[Shard]) -> Facts:
-    """Read the indexes of shards, and what an earlier search says of them."""
-    columns = ["key", "width", "height", "num_bytes", "sha256", "pixels_sha256"]
-    parts = []
-    for shard in shards:
-        url = search.index_url(shard.dataset, shard.name)
-        table = storage.read_parquet(url, columns)
-        if table.num_rows != shard.num_pictures:
-            raise EvenmixError(
-                f"{url} has {table.num_rows} pictures, but its folder's stage.json says "
-                f"{shard.num_pictures}; `evenmix verify` tells more"
-            )
-        parts.append(_facts(search, shard, table))
-    return Facts(
-        *(
-            np.concatenate([getattr(part, column.name) for part in parts])
-            for column in fields(Facts)
-        )
+    """Read the indexes of shards, and what an earlier search says of them.
+
+    Raises:
+        EvenmixError: a file is missing or damaged, or two do not fit together.
+    """
+    stops = np.cumsum([shard.num_pictures for shard in shards], dtype=np.int64).tolist()
+    num_pictures = stops[-1] if stops else 0
+    facts = Facts(
+        key=np.empty(num_pictures, "V16"),
+        num_pixels=np.empty(num_pictures, np.int64),
+        num_bytes=np.empty(num_pictures, np.int64),
+        sha256=np.empty(num_pictures, "V16"),
+        pixels_sha256=np.empty(num_pictures, "V16"),
+        dataset=np.empty(num_pictures, np.int16),
+        level=np.empty(num_pictures, np.int8),
+        settled=np.zeros(num_pictures, np.bool_),
+        keeper=np.zeros(num_pictures, "V16"),
     )
 
+    def read(shard: Shard, stop: int) -> None:
+        _read_shard(search, shard, facts, slice(stop - shard.num_pictures, stop))
 
-def _facts(search: Search, shard: Shard, index: pa.Table) -> Facts:
+    with ThreadPoolExecutor(_CONCURRENT_READS) as pool:
+        deque(pool.map(read, shards, stops), maxlen=0)
+    return facts
+
+
+def _read_shard(search: Search, shard: Shard, facts: Facts, rows: slice) -> None:
+    """Fill in the rows of a shard."""
+    url = search.index_url(shard.dataset, shard.name)
+    columns = ["key", "width", "height", "num_bytes", "sha256", "pixels_sha256"]
+    index = storage.read_parquet(url, columns)
+    if index.num_rows != shard.num_pictures:
+        raise EvenmixError(
+            f"{url} has {index.num_rows} pictures, but its folder's stage.json says "
+            f"{shard.num_pictures}; `evenmix verify` tells more"
+        )
     key = keys_from_hex(index["key"])
-    settled, keeper = np.zeros(len(key), np.bool_), np.zeros(len(key), "V16")
+    facts.key[rows] = key
+    facts.num_pixels[rows] = index["width"].to_numpy().astype(np.int64) * index["height"].to_numpy()
+    facts.num_bytes[rows] = index["num_bytes"].to_numpy()
+    facts.sha256[rows] = _leading_bits(index["sha256"])
+    facts.pixels_sha256[rows] = _leading_bits(index["pixels_sha256"])
+    facts.dataset[rows] = search.rules.datasets.index(shard.dataset)
+    facts.level[rows] = EVALUATION if shard.dataset == AGAINST else NEW
     if shard.is_accepted:
-        url = search.accepted_url(shard.dataset, shard.name)
-        outcome = storage.read_parquet(url, ["key", "duplicate_of"])
-        if outcome["key"].to_pylist() != index["key"].to_pylist():
+        facts.level[rows] = ACCEPTED
+        accepted_url = search.accepted_url(shard.dataset, shard.name)
+        outcome = storage.read_parquet(accepted_url, ["key", "duplicate_of"])
+        if not np.array_equal(keys_from_hex(outcome["key"]), key):
             raise EvenmixError(
-                f"{url} and {search.index_url(shard.dataset, shard.name)} speak of different "
-                "pictures; `evenmix verify` tells which file is damaged"
+                f"{accepted_url} and {url} speak of different pictures; `evenmix verify` tells "
+                "which file is damaged"
             )
         settled = outcome["duplicate_of"].is_valid().to_numpy()
-        keeper[settled] = keys_from_hex(outcome["duplicate_of"].drop_null())
-    level = NEW
-    if shard.dataset == AGAINST:
-        level = EVALUATION
-    elif shard.is_accepted:
-        level = ACCEPTED
-    return Facts(
-        key=key,
-        num_pixels=index["width"].to_numpy().astype(np.int64) * index["height"].to_numpy(),
-        num_bytes=index["num_bytes"].to_numpy(),
-        sha256=_leading_bits(index["sha256"]),
-        pixels_sha256=_leading_bits(index["pixels_sha256"]),
-        dataset=np.full(len(key), search.rules.datasets.index(shard.dataset)),
-        level=np.full(len(key), level),
-        settled=settled,
-        keeper=keeper,
-    )
+        facts.settled[rows] = settled
+        facts.keeper[rows][settled] = keys_from_hex(outcome["duplicate_of"].drop_null())
 
 
 def _leading_bits(hashes: pa.ChunkedArray) -> Keys:

@@ -43,6 +43,9 @@ MAX_CLUSTERINGS = 64
 
 Shares = npt.NDArray[np.float64]
 
+_ROUNDING = 1e-12
+"""Sums of shares that differ by less may be equal."""
+
 _Z = 1.959964
 """95 % of a normal distribution lie within so many standard deviations."""
 
@@ -128,7 +131,9 @@ def duplicates_left(pairs: pa.Table, queries: Ints, kept: Bools, num_pictures: i
     """Estimate the share of the kept pictures that have a kept copy.
 
     ``queries`` are the ranks of all queries, ``kept`` tells of each rank whether it is kept.
-    ``num_pictures`` is the number from which the queries were drawn.
+    ``num_pictures`` is the number from which the queries were drawn. Of a query in a swarm not all
+    pairs are known (:mod:`dedup.truth`): a kept copy of it that is not among them is not seen, so
+    where there are swarms the share is too low.
     """
     query, other = pairs["query"].to_numpy(), pairs["other"].to_numpy()
     both_kept = query[kept[query] & kept[other]]
@@ -140,7 +145,12 @@ def duplicates_left(pairs: pa.Table, queries: Ints, kept: Bools, num_pictures: i
 
 
 def comparisons_share(comparisons: int, num_pictures: int) -> Estimate:
-    """Return the share of all pairs of pictures that were compared."""
+    """Return the share of all pairs of pictures that were compared.
+
+    ``comparisons`` are the pairs within clusters, of all clusterings; a picture that was not
+    compared with all of its cluster, since it had neighbours enough, counts as if it had been. The
+    work of finding the clusters, and of comparing the queries with all, is not in it.
+    """
     all_pairs = comb(num_pictures, 2)
     value = comparisons / all_pairs if all_pairs else 0.0
     return Estimate(value, value, value, num_pictures, all_pairs)
@@ -156,11 +166,11 @@ def needed_clusterings(pairs: pa.Table, num_clusterings: int, min_recall: float)
     s. Each clustering misses a larger part of what is left than the one before, since the pairs
     that are easily separated remain. If a pair is separated with a chance of its own, drawn from a
     beta distribution, then ``1 / (1 - ratio)`` of two misses in turn grows by the same with each
-    clustering. None if more than MAX_CLUSTERINGS were needed.
+    clustering. None if more than MAX_CLUSTERINGS were needed, or the last one found nothing new.
     """
     misses = _misses(pairs, num_clusterings)
     missed = misses[-1]
-    if missed == misses[-2]:
+    if min(before - after for before, after in pairwise(misses)) < _ROUNDING:
         return None
     terms = [1 / (1 - after / before) for before, after in pairwise(misses)]
     growth = max(0.0, terms[-1] - terms[0]) / max(1, num_clusterings - 1)
@@ -171,32 +181,37 @@ def needed_clusterings(pairs: pa.Table, num_clusterings: int, min_recall: float)
     return None
 
 
-def refuse_low_reach(
-    reachable: Sequence[Estimate], min_recall: float, needed: Needed | None
-) -> None:
-    """Stop before a search whose clusterings cannot find enough.
+def check_reach(reachable: Sequence[Estimate], pairs: pa.Table, min_recall: float) -> str | None:
+    """Return a warning if the clusterings of a search may find too little.
+
+    With few true pairs an estimate may well be below the truth, so a search is refused only if
+    the upper end of its interval is too low.
 
     Args:
         reachable: as from :func:`reach`; its last entry is of all clusterings.
+        pairs: the TRUE_PAIRS that it was estimated from.
         min_recall: the recipe's ``dedup.min_recall``.
-        needed: as from :func:`needed_clusterings`.
 
     Raises:
-        EvenmixError: they reach less than ``min_recall``.
+        EvenmixError: even the upper end is less than ``min_recall``.
     """
     best = reachable[-1]
     if best.value >= min_recall:
-        return
+        return None
+    needed = needed_clusterings(pairs, len(reachable), min_recall)
     remedy = (
         f"dedup.clusterings = {needed.clusterings} would reach about {needed.reach:.3f}"
         if needed
         else f"no number up to {MAX_CLUSTERINGS} would do: set a smaller dedup.num_clusters"
     )
-    raise EvenmixError(
+    message = (
         f"dedup.clusterings = {len(reachable)} can find {best.value:.4f} of the similar pairs at "
         f"most ({best.low:.4f} to {best.high:.4f}, from {best.num_pairs:,} pairs of "
         f"{best.num_queries:,} pictures), less than dedup.min_recall = {min_recall}; {remedy}"
     )
+    if best.high < min_recall:
+        raise EvenmixError(message)
+    return message
 
 
 # What is shown and published
@@ -259,7 +274,7 @@ def _misses(pairs: pa.Table, num_clusterings: int) -> list[float]:
     weight_met = np.bincount(num_met, weight, num_clusterings + 1) / weight.sum()
     return [
         sum(
-            float(share) * comb(num_clusterings - met, chosen) / comb(num_clusterings, chosen)
+            float(share) * (comb(num_clusterings - met, chosen) / comb(num_clusterings, chosen))
             for met, share in enumerate(weight_met)
         )
         for chosen in range(num_clusterings + 1)

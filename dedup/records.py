@@ -18,7 +18,7 @@ Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
 
 THUMBNAIL_BYTES = 1536
-"""A thumbnail (:mod:`dedup.second_look`): luminance 32 x 32, then both chromas 16 x 16, int8."""
+"""A thumbnail (:mod:`dedup.second_look`): 44 x 32 luminances, then both chromas 8 x 8, int8."""
 
 _KEY = pa.binary(16)
 _THUMBNAIL = pa.binary(THUMBNAIL_BYTES)
@@ -268,15 +268,27 @@ def keys_of(column: pa.Array) -> npt.NDArray[np.void]:
     return np.frombuffer(data, "V16", len(column), column.offset * 16)
 
 
-def keys_from_hex(column: pa.Array) -> npt.NDArray[np.void]:
-    """Return a column of keys as they are in the image index, 32 hex digits, as dtype V16."""
-    return np.frombuffer(bytes.fromhex("".join(column.to_pylist())), "V16")
+def keys_from_hex(column: pa.ChunkedArray) -> npt.NDArray[np.void]:
+    """Return keys as they are in the image index, 32 hex digits without nulls, as dtype V16."""
+    return np.frombuffer(b"".join(_bytes_of_hex(chunk) for chunk in column.chunks), "V16")
 
 
-def to_hex(keys: npt.NDArray[np.void]) -> list[str]:
-    """Return keys, dtype V16, as they are in the image index: 32 hex digits each."""
-    digits = np.ascontiguousarray(keys).tobytes().hex()
-    return [digits[start : start + 32] for start in range(0, len(digits), 32)]
+def _bytes_of_hex(column: pa.StringArray) -> bytes:
+    _, offsets, digits = column.buffers()
+    if not len(column):
+        return b""
+    ends = np.frombuffer(offsets, np.int32, len(column) + 1, column.offset * 4)
+    return bytes.fromhex(digits[int(ends[0]) : int(ends[-1])].to_pybytes().decode("ascii"))
+
+
+def to_hex(keys: npt.NDArray[np.void]) -> pa.StringArray:
+    """Return keys, dtype V16, as they are in the image index: 32 hex digits each.
+
+    They are fewer than 2^26, for a column of strings has less than 2 GiB.
+    """
+    digits = np.ascontiguousarray(keys).tobytes().hex().encode()
+    ends = np.arange(0, len(digits) + 1, 32, dtype=np.int32)
+    return pa.StringArray.from_buffers(len(keys), pa.py_buffer(ends), pa.py_buffer(digits))
 
 
 def to_column(vectors: Vectors) -> pa.Array:

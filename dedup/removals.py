@@ -31,11 +31,32 @@ EXACT, NEAR, CONTAMINATED = range(3)
 
 @dataclass(frozen=True)
 class Edges:
-    """Pairs of pictures by rank, the better first: arrays of one length, each pair once."""
+    """Pairs of pictures by rank, the better first: arrays of one length, each pair once.
+
+    ``rule`` is EXACT or NEAR.
+    """
 
     better: Ints
     worse: Ints
     similarity: Floats
+    rule: npt.NDArray[np.int8]
+
+    @classmethod
+    def near(cls, better: Ints, worse: Ints, similarity: Floats) -> "Edges":
+        """Return similar pairs."""
+        return cls(better, worse, similarity, np.full(len(better), NEAR, np.int8))
+
+    @classmethod
+    def exact(cls, better: Ints, worse: Ints) -> "Edges":
+        """Return exact copies."""
+        num_pairs = len(better)
+        return cls(
+            better, worse, np.ones(num_pairs, np.float32), np.full(num_pairs, EXACT, np.int8)
+        )
+
+    def take(self, rows: npt.NDArray[np.generic]) -> "Edges":
+        """Return some of the pairs."""
+        return Edges(self.better[rows], self.worse[rows], self.similarity[rows], self.rule[rows])
 
 
 @dataclass(frozen=True)
@@ -49,7 +70,7 @@ class Graph:
 
     stand_in: Ints
     copies: Ints
-    dataset: Ints
+    dataset: npt.NDArray[np.int16]
     accepted: Bools
     settled: Bools
     near: Edges
@@ -70,11 +91,13 @@ class Removals:
     duplicate_of: Ints
     group: Ints
     similarity: Floats
-    rule: Ints
+    rule: npt.NDArray[np.int8]
 
 
 def choose_removals(graph: Graph, rules: Rules, *, remove_contamination: bool) -> Removals:
-    """Decide who goes. Without ``remove_contamination`` the evaluation pictures decide nothing.
+    """Decide who goes. Without ``remove_contamination`` evaluation pictures join nothing here.
+
+    Yet in the graph they are among a picture's best neighbours, of which it has a limited number.
 
     What an earlier search has removed (``settled``) is among the removed only if the picture that
     it went for goes now; it stays removed anyway.
@@ -83,23 +106,24 @@ def choose_removals(graph: Graph, rules: Rules, *, remove_contamination: bool) -
     exact = _exact_edges(graph, rules)
     joined = _concatenate([exact, graph.near])  # of a pair that is in both the first counts
     is_evaluation = joined.better < graph.num_evaluation
-    inside = _take(joined, ~is_evaluation)
+    inside = joined.take(~is_evaluation)
     kept = choose_keepers(len(everyone), inside.better, inside.worse)
     keeper, edge = nearest_keepers(kept, inside.better, inside.worse, inside.similarity)
-    is_near = np.flatnonzero(~is_evaluation) >= len(exact.better)
 
     # Whoever has a stand-in goes where that one goes, or is its copy if it stays (edge -1).
     exact_root = _roots(graph.stand_in)
     bound = graph.stand_in.copy()
     bound[graph.equal.worse] = graph.equal.better
     root = _roots(bound)
-    similarity = np.append(inside.similarity, np.float32(1))[edge[root]]
-    rule = np.where(edge[root] >= 0, np.append(is_near, False)[edge[root]], root != exact_root)
+    joining = edge[root]
+    similarity = np.append(inside.similarity, np.float32(1))[joining]
+    rule = np.append(inside.rule, np.int8(EXACT))[joining]
+    rule[(joining < 0) & (root != exact_root)] = NEAR
     group = keeper[root]
-    duplicate_of, rule = group.copy(), np.where(rule, NEAR, EXACT)
+    duplicate_of = group.copy()
     gone = (group != everyone) & ~graph.settled
     if remove_contamination:
-        like = _take(joined, is_evaluation)
+        like = joined.take(is_evaluation)
         contaminated, source, own = _contaminate(len(everyone), like, root, group)
         contaminated[: graph.num_evaluation] = False
         gone |= contaminated
@@ -129,7 +153,7 @@ def _exact_edges(graph: Graph, rules: Rules) -> Edges:
         np.concatenate([np.empty(0, np.int64), *(pair[side] for pair in found)]) for side in (0, 1)
     )
     counts = ~(graph.accepted[better] & graph.accepted[worse])
-    return Edges(better[counts], worse[counts], np.ones(int(counts.sum()), np.float32))
+    return Edges.exact(better[counts], worse[counts])
 
 
 def _contaminate(
@@ -142,7 +166,7 @@ def _contaminate(
     group, and its own similarity, NaN if it has none.
     """
     by_similarity = np.lexsort((like.better, -like.similarity))
-    like = _take(like, by_similarity)
+    like = like.take(by_similarity)
     own_source, own = _first(num_pictures, like.worse, like)
     of_group, _ = _first(num_pictures, group[like.worse], like)
     own_source, own = own_source[root], own[root]
@@ -168,18 +192,15 @@ def _roots(bound: Ints) -> Ints:
         bound = further
 
 
-def _take(edges: Edges, rows: npt.NDArray[np.generic]) -> Edges:
-    return Edges(edges.better[rows], edges.worse[rows], edges.similarity[rows])
-
-
 def _concatenate(parts: Sequence[Edges]) -> Edges:
     return Edges(
         np.concatenate([part.better for part in parts]),
         np.concatenate([part.worse for part in parts]),
         np.concatenate([part.similarity for part in parts]),
+        np.concatenate([part.rule for part in parts]),
     )
 
 
-def rule_names(rule: Ints) -> pa.Array:
+def rule_names(rule: npt.NDArray[np.int8]) -> pa.Array:
     """Return the numbers of RULES as their names."""
     return pa.array(RULES).take(pa.array(rule))

@@ -65,6 +65,10 @@ SUMMARY = pa.schema(
 )
 """How many pictures of a dataset were removed, by the dataset of what they duplicate, and rule."""
 
+COLUMNS_OF_GROUPS = ["key", "dataset", "keeper_dataset", "similarity", "group", "rule"]
+COLUMNS_OF_SUMMARY = SUMMARY.names[:3]
+"""The columns of REMOVED that the groups and the summary are made of."""
+
 _HEADINGS = {
     RejectReason.EXACT_COPY: "exact",
     RejectReason.NEAR_DUPLICATE: "near",
@@ -81,7 +85,7 @@ def removed_table(parts: Iterable[pa.Table]) -> pa.Table:
 
 
 def groups_table(removed: pa.Table) -> pa.Table:
-    """Return the groups (GROUPS) of removed pictures (REMOVED)."""
+    """Return the groups (GROUPS) of removed pictures, of which it takes COLUMNS_OF_GROUPS."""
     is_contaminated = pc.equal(removed["rule"], RejectReason.CONTAMINATION)
     flags = {
         "num_exact": pc.equal(removed["rule"], RejectReason.EXACT_COPY),
@@ -123,8 +127,8 @@ def _datasets(removed: pa.Table) -> pa.Array:
 
 
 def summary(removed: pa.Table) -> pa.Table:
-    """Return the sums (SUMMARY) of removed pictures (REMOVED), sorted."""
-    keys = SUMMARY.names[:3]
+    """Return the sums (SUMMARY), sorted, of removed pictures: of their COLUMNS_OF_SUMMARY."""
+    keys = COLUMNS_OF_SUMMARY
     sums = removed.group_by(keys).aggregate([([], "count_all")])
     table = sums.select([*keys, "count_all"]).rename_columns(SUMMARY.names).cast(SUMMARY)
     return table.sort_by([(key, "ascending") for key in keys]).combine_chunks()

@@ -62,6 +62,11 @@ class Rules:
             if dataset != AGAINST and any(rule.is_near for rule in row)
         ]
 
+    def searched_datasets(self) -> list[str]:
+        """Return the datasets that are searched: those, and the evaluation pictures with them."""
+        near = self.near_datasets()
+        return [*near, AGAINST] if near and AGAINST in self.datasets else near
+
     def look_at_all(self, dataset: int) -> bool:
         """Tell whether some rule of a dataset needs the thumbnails of all its pictures."""
         return any(

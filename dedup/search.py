@@ -52,8 +52,12 @@ def compare(left: Described, right: Described, rules: Rules) -> Matches:
     """
     conditions = _Conditions.of(rules)
     found = [Matches(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))]
-    for rows in _blocks(left, ROWS):
-        found += [_compare(rows, columns, conditions) for columns in _blocks(right, COLUMNS)]
+    left_lengths, right_lengths = _lengths(left), _lengths(right)
+    for rows in _blocks(left, left_lengths, ROWS):
+        found += [
+            _compare(rows, columns, conditions)
+            for columns in _blocks(right, right_lengths, COLUMNS)
+        ]
     i, j, similarity = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
     order = np.lexsort((j, i))
     return Matches(i[order], j[order], similarity[order])
@@ -69,18 +73,24 @@ def find_edges(pictures: Described, rules: Rules, max_neighbours: int) -> pa.Tab
     aside = np.flatnonzero(stand_ins != np.arange(len(pictures)))
     ones = np.ones(len(aside), np.float32)
     found = [_edges(pictures, aside, pictures, stand_ins[aside], ones, equal=True)]
-    rows = _searched(pictures, stand_ins)
-    starts = np.flatnonzero(np.diff(pictures.cluster[rows])) + 1
-    for members in np.split(rows, starts):
-        cluster = pictures.take(members)
+    for rows in _clusters(pictures, stand_ins).values():
+        cluster = pictures.take(rows)
         found += _search(cluster, cluster, rules, max_neighbours)
     return _sorted(found)
 
 
 def find_edges_between(a: Described, b: Described, rules: Rules, max_neighbours: int) -> pa.Table:
-    """Return the EDGES between two parts of one large cluster, sorted likewise."""
-    a, b = (part.take(_searched(part, _stand_ins(part, rules))) for part in (a, b))
-    return _sorted([*_search(a, b, rules, max_neighbours), *_search(b, a, rules, max_neighbours)])
+    """Return the EDGES within clusters between two parts, sorted likewise.
+
+    Pictures with equal vectors must be in one part.
+    """
+    in_a, in_b = (_clusters(part, _stand_ins(part, rules)) for part in (a, b))
+    found = list[pa.Table]()
+    for cluster in in_a.keys() & in_b.keys():
+        one, other = a.take(in_a[cluster]), b.take(in_b[cluster])
+        found += _search(one, other, rules, max_neighbours)
+        found += _search(other, one, rules, max_neighbours)
+    return _sorted(found)
 
 
 def _stand_ins(pictures: Described, rules: Rules) -> Ints:
@@ -107,10 +117,12 @@ def _stand_ins(pictures: Described, rules: Rules) -> Ints:
     return stand_ins
 
 
-def _searched(pictures: Described, stand_ins: Ints) -> Ints:
-    """Return the rows of the pictures that stand for themselves, by cluster and rank."""
+def _clusters(pictures: Described, stand_ins: Ints) -> dict[int, Ints]:
+    """Return the rows of the pictures that stand for themselves, by cluster and in it by rank."""
     order = np.lexsort((pictures.rank, pictures.cluster))
-    return np.asarray(order[stand_ins[order] == order])
+    order = order[stand_ins[order] == order]
+    numbers, starts = np.unique(pictures.cluster[order], return_index=True)
+    return dict(zip(numbers.tolist(), np.split(order, starts[1:]), strict=False))
 
 
 def _search(
@@ -122,10 +134,11 @@ def _search(
     """
     conditions = _Conditions.of(rules)
     count = np.zeros(len(worse), np.int64)
-    for rows in _blocks(worse, ROWS):
+    better_lengths = _lengths(better)
+    for rows in _blocks(worse, _lengths(worse), ROWS):
         found = [EDGES.empty_table()]
         asking = rows
-        for columns in _blocks(better, COLUMNS):
+        for columns in _blocks(better, better_lengths, COLUMNS):
             ranks = worse.rank[asking.rows]
             asking = asking.take(slice(np.searchsorted(ranks, better.rank[columns.rows[0]]), None))
             if not len(asking.rows):
@@ -206,12 +219,21 @@ class _Block:
         return _Block(self.pictures, self.rows[places], self.vectors[places], self.lengths[places])
 
 
-def _blocks(pictures: Described, size: int) -> Iterator[_Block]:
+def _lengths(pictures: Described) -> npt.NDArray[np.float64]:
+    """Return the exact lengths of the vectors: (n,)."""
+    lengths = np.empty(len(pictures))
+    for start in range(0, len(pictures), ROWS):
+        some = slice(start, start + ROWS)
+        lengths[some] = np.linalg.norm(pictures.vector[some].astype(np.float64), axis=1)
+    return lengths
+
+
+def _blocks(pictures: Described, lengths: npt.NDArray[np.float64], size: int) -> Iterator[_Block]:
     rows = np.arange(len(pictures))
     for start in range(0, len(pictures), size):
-        vectors = pictures.vector[start : start + size].astype(np.float32)
-        lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
-        yield _Block(pictures, rows[start : start + size], vectors, lengths)
+        some = slice(start, start + size)
+        vectors = pictures.vector[some].astype(np.float32)
+        yield _Block(pictures, rows[some], vectors, lengths[some])
 
 
 def _compare(left: _Block, right: _Block, conditions: _Conditions) -> Matches:

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from dedup import against
 from dedup.contact_sheet import Tile, contact_sheet, small
+from dedup.corpus import Places, Table
 from dedup.report import REMOVED, find_removed
 from dedup.rules import AGAINST
 from pipeline import images, originals, storage
@@ -42,7 +43,7 @@ def show(recipe: Recipe, key: str) -> str:
     Raises:
         EvenmixError: the search has not ended, knows no such picture, or found no copies of it.
     """
-    url = _table_url(recipe, "_removed")
+    url = _table_url(recipe, Table.REMOVED)
     key = key.lower()
     found = [rows["group"][0].as_py() for rows in find_removed(url, "key", [key])]
     (group,) = _read_groups(url, found or [key])
@@ -53,19 +54,20 @@ def show(recipe: Recipe, key: str) -> str:
 
 def draw_largest(recipe: Recipe, count: int = 10) -> list[str]:
     """Draw the largest groups of a search and return the URLs of the sheets."""
-    groups = storage.read_parquet(_table_url(recipe, "_groups"), ["group"])["group"]
+    groups = storage.read_parquet(_table_url(recipe, Table.GROUPS), ["group"])["group"]
     largest = groups.slice(0, count).to_pylist()
     if not largest:
         return []
-    return [_draw(recipe, group) for group in _read_groups(_table_url(recipe, "_removed"), largest)]
+    url = _table_url(recipe, Table.REMOVED)
+    return [_draw(recipe, group) for group in _read_groups(url, largest)]
 
 
-def _folder_of(recipe: Recipe) -> str:
-    return f"duplicates/{recipe.dedup.name}"
+def _places(recipe: Recipe) -> Places:
+    return Places(recipe.root, recipe.dedup.name)
 
 
-def _table_url(recipe: Recipe, table: str) -> str:
-    url = storage.join(recipe.root, _folder_of(recipe), table, "all.parquet")
+def _table_url(recipe: Recipe, table: Table) -> str:
+    url = _places(recipe).outcome_url(table)
     if not storage.exists(url):
         raise EvenmixError(f"{url} is missing: no search of this name has ended; run it first")
     return url
@@ -96,7 +98,7 @@ def _read_groups(url: str, keys: Sequence[str]) -> list[_Group]:
 
 def _why_no_group(recipe: Recipe, key: str) -> str:
     """Return what is said of a picture without a group; the keys of all shards are looked at."""
-    folder = _folder_of(recipe)
+    folder = _places(recipe).folder
     for dataset in sorted(recipe.datasets):
         shards = finished_shards(recipe.root, folder, dataset, "dedup")
         read = partial(read_shard, recipe.root, folder, dataset, columns=["key"])

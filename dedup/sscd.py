@@ -65,13 +65,14 @@ class Sscd:
         return max(self.input_size)
 
     def identity(self) -> dict[str, Any]:
-        """Return the hash of the weights, and how pictures are brought to their input size."""
+        """Return the hash of the weights, and how files become the model's input."""
         height, width = self.input_size
         return {
             "descriptor": self.name,
             "weights_sha256": self.weights_sha256,
             "dimension": self.dimension,
             "input": f"{width}x{height} bilinear",
+            "jpeg_reduced_to_px": self.short_edge_px,
         }
 
     def embed(self, pictures: Iterable[Pixels]) -> Vectors:

@@ -1,14 +1,32 @@
-"""Running one step of a search: its items go in, what later steps need to know comes out."""
+"""The steps of a search: what their stages share, and what later steps need to know of each."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
+from dedup.corpus import Search
 from pipeline import storage
 from pipeline.beam_job import RunnerOptions
 from pipeline.receipts import Counts, fingerprint, total
 from pipeline.run import run_stage
 from pipeline.stage import Stage, WorkItem
 from pipeline.summary import dataset_url
+
+
+@dataclass(frozen=True)
+class SearchStage:
+    """What the stages of a search have in common."""
+
+    search: Search
+    root: str
+    folder: str
+    version: int = 1
+    resource_hints: Mapping[str, str] = field(default_factory=dict)
+    items_at_once: int = 1
+
+    def config(self, dataset: str) -> Mapping[str, Any]:
+        """Return nothing: the inputs decide."""
+        return {}
 
 
 @dataclass(frozen=True)

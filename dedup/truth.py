@@ -9,16 +9,18 @@ group of pictures at most 100 are kept, chosen by hash, and each stands for as m
 says.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from dedup.clusters import mixed
 from dedup.records import Bools, Described, Floats, Ints
 from dedup.rules import Rules
 from dedup.search import compare
+from pipeline import storage
 
 TRUE_PAIRS = pa.schema(
     [
@@ -39,6 +41,9 @@ MAX_PAIRS = 100
 
 _COMPARED_AT_ONCE = 1 << 24
 """Pairs in one comparison: even if all of them count, they take a few hundred MB."""
+
+Homes = Callable[[npt.NDArray[np.float16]], Ints]
+"""Gives the home clusters of n vectors in each of S clusterings: (n, S)."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +69,12 @@ def true_pairs(
     queries: Described,
     pictures: Described,
     rules: Rules,
-    homes: Callable[[npt.NDArray[np.float16]], Ints],
+    homes: Homes,
 ) -> pa.Table:
     """Compare each of q queries with each of a group of n pictures; return TRUE_PAIRS.
 
-    A query may be among the pictures; it is no pair with itself. ``homes`` gives the home clusters
-    of vectors in each of S clusterings (vectors, S); it is asked only for those in pairs.
+    A query may be among the pictures; it is no pair with itself. ``homes`` is asked only about
+    those in pairs.
     """
     pairs = _Pairs(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
     num_pairs = np.zeros(len(queries), np.int64)
@@ -82,7 +87,8 @@ def true_pairs(
         pairs = pairs.take(_chosen(pairs, queries.rank, pictures.rank))
     pairs = pairs.take(np.lexsort((pictures.rank[pairs.picture], queries.rank[pairs.query])))
     num_kept = np.bincount(pairs.query, minlength=len(queries))
-    meets = homes(queries.vector[pairs.query]) == homes(pictures.vector[pairs.picture])
+    query_homes = _homes_of(queries, pairs.query, homes)
+    meets = query_homes == _homes_of(pictures, pairs.picture, homes)
     columns = [
         pa.array(queries.rank[pairs.query]),
         pa.array(pictures.rank[pairs.picture]),
@@ -93,29 +99,30 @@ def true_pairs(
     return pa.table(columns, schema=TRUE_PAIRS)
 
 
+def read_truth(urls: Sequence[str]) -> pa.Table:
+    """Read the true pairs (TRUE_PAIRS) that were found in all groups."""
+    return pa.concat_tables(
+        [TRUE_PAIRS.empty_table(), *(storage.read_parquet(url) for url in urls)]
+    ).combine_chunks()
+
+
+def _homes_of(described: Described, rows: Ints, homes: Homes) -> Ints:
+    """Return the home clusters of the pictures in some rows, each of which is asked once."""
+    asked, places = np.unique(rows, return_inverse=True)
+    return homes(described.vector[asked])[places]
+
+
 def _chosen(pairs: _Pairs, query_ranks: Ints, picture_ranks: Ints) -> Ints:
     """Return the rows of at most MAX_PAIRS pairs of each query, those of the lowest hashes.
 
     The choice among all is that among the chosen of parts, so parts can be of any size.
     """
-    hashes = _mix(query_ranks[pairs.query], picture_ranks[pairs.picture])
+    hashes = mixed(_code(query_ranks[pairs.query], picture_ranks[pairs.picture]).astype(np.uint64))
     order = np.lexsort((hashes, pairs.query))
     _, starts, counts = np.unique(pairs.query[order], return_index=True, return_counts=True)
     place = np.arange(len(order)) - np.repeat(starts, counts)
     chosen: Ints = order[place < MAX_PAIRS]
     return chosen
-
-
-def _mix(a: Ints, b: Ints) -> npt.NDArray[np.uint64]:
-    """Return 64 bits that stand for random ones of each pair of numbers below 2^32.
-
-    The finaliser of SplitMix64 (Steele, Lea and Flood, Fast splittable pseudorandom number
-    generators, OOPSLA 2014), which maps no two pairs to the same bits.
-    """
-    bits = (a.astype(np.uint64) << np.uint64(32)) | b.astype(np.uint64)
-    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.asarray(bits ^ (bits >> np.uint64(31)))
 
 
 @dataclass(frozen=True)
@@ -167,6 +174,6 @@ def _among(numbers: Ints, wanted: Ints) -> tuple[Ints, Ints]:
     return rows, places[rows]
 
 
-def _code(better: Ints, worse: Ints) -> Ints:
+def _code(a: Ints, b: Ints) -> Ints:
     """Return one number for each pair of ranks, which are below 2^31."""
-    return (better << 32) | worse
+    return (a << 32) | b

@@ -15,7 +15,7 @@ COMMANDS = {
     "datasets": ("pipeline.datasets_command", "pipeline", "show the catalogue of public datasets"),
     "mirror": ("pipeline.mirror", "pipeline", "copy a source that is not read where it is"),
     "ingest": ("pipeline.ingest", "pipeline", "read the sources, keep pictures that are whole"),
-    "embed": ("dedup.embed", "pipeline,dedup", "describe pictures, with SSCD or another descriptor"),
+    "embed": ("dedup.embed", "pipeline,dedup", "describe pictures, with SSCD or another"),
     "dedup": ("dedup.deduplicate", "pipeline,dedup", "find exact copies and near-duplicates"),
     "caption": ("captioning.caption", "pipeline,vllm", "write a set of captions"),
     "rewrite": (

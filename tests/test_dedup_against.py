@@ -111,6 +111,34 @@ def test_pictures_of_any_size_are_described_as_those_of_the_corpus(
     assert table.select(described.column_names).to_pylist() == described.to_pylist()
 
 
+def test_a_large_jpeg_is_described_as_embedding_does(tmp_path: Path) -> None:
+    folder = tmp_path / "evaluation"
+    folder.mkdir()
+    data = save(smooth(900, 700), "JPEG")
+    (folder / "large.jpg").write_bytes(data)
+    recipe = recipe_of(tmp_path, folder)
+    descriptor = descriptor_of(recipe.dedup)
+    run(recipe, descriptor.identity())
+    whole, reduced = (images.decode(data, LIMITS, px) for px in (None, descriptor.short_edge_px))
+    assert reduced.shape < whole.shape
+    described = describe(descriptor, [reduced])
+    assert described.to_pylist() != describe(descriptor, [whole]).to_pylist()
+    (row,) = tables(recipe).to_pylist()
+    assert {name: row[name] for name in described.column_names} == described.to_pylist()[0]
+    assert (row["width"], row["height"]) == (whole.shape[1], whole.shape[0])
+    assert row["pixels_sha256"] == images.sha256_of_pixels(whole)
+
+
+def test_files_of_which_none_is_a_picture_are_an_error(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, tmp_path / "evaluation")
+    against.require_pictures(recipe, Counts(9, 1, {"truncated": 8}))
+    with pytest.raises(
+        EvenmixError,
+        match=r"none of the 9 files of .*evaluation is a picture \(8 truncated, 1 empty_file\)",
+    ):
+        against.require_pictures(recipe, Counts(9, 0, {"truncated": 8, "empty_file": 1}))
+
+
 def test_what_is_no_picture_is_in_the_ledger(tmp_path: Path, evaluation: Path) -> None:
     recipe = recipe_of(tmp_path, evaluation)
     run(recipe, {})

@@ -83,6 +83,7 @@ def test_identity_has_architecture_weights_and_preparation(weights: Path) -> Non
             "resize_mode": "shortest",
             "fill_color": 0,
         },
+        "jpeg_reduced_to_px": 64,
     }
     assert json.loads(json.dumps(tower.identity())) == tower.identity()
     assert pickle.loads(pickle.dumps(tower)) == tower

@@ -117,8 +117,9 @@ def test_equal_vectors_have_equal_hashes_and_others_have_others(
     ]
 
 
-def test_layout_packs_small_clusters_and_splits_large_ones() -> None:
-    layout = lay_out(np.array([0.04, 0.05, 0.02, 0.45, 0.1, 0.0, 0.34]), 1_000, max_rows=100)
+def test_layout_packs_small_clusters_and_splits_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clusters, "ROWS_PER_PART", 100)
+    layout = lay_out(np.array([0.04, 0.05, 0.02, 0.45, 0.099, 0.0, 0.34]), 1_000)
     assert layout.first.tolist() == [0, 0, 1, 2, 7, 7, 8]
     assert layout.num.tolist() == [1, 1, 1, 5, 1, 1, 4]
     assert layout.num_parts == 12
@@ -129,17 +130,35 @@ def test_layout_packs_small_clusters_and_splits_large_ones() -> None:
     ]
 
 
+@pytest.mark.parametrize("shares", [[0, 0.9, 0.1], [0.5, 0, 0.5], [0, 0, 1], [0.9, 0, 0, 0.1]])
+def test_a_large_cluster_shares_no_part_even_with_what_the_sample_has_nothing_of(
+    shares: list[float],
+) -> None:
+    layout = lay_out(np.array(shares), 1_000_000)
+    parts = [
+        set(range(first, first + num)) for first, num in zip(layout.first, layout.num, strict=True)
+    ]
+    assert max(layout.num) > 1
+    for cluster in np.flatnonzero(layout.num > 1):
+        others = [part for number, part in enumerate(parts) if number != cluster]
+        assert not parts[cluster] & set.union(*others)
+    assert set.union(*parts) == set(range(layout.num_parts))
+
+
 def test_one_small_cluster_is_one_part_and_none_is_none() -> None:
     assert lay_out(np.array([1.0]), 200_000).comparisons() == [(0,)]
     assert lay_out(np.array([1.0]), 200_001).comparisons() == [(0,), (1,), (0, 1)]
     assert lay_out(np.empty(0), 0).comparisons() == []
 
 
-def test_parts_are_filled_evenly_and_equal_vectors_stay_together() -> None:
+def test_parts_are_filled_evenly_and_equal_vectors_stay_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(clusters, "ROWS_PER_PART", 500)
     vectors = np.concatenate([VECTORS, VECTORS])
     homes = home(vectors, CENTROIDS[:5])
     found = np.bincount(homes, minlength=5) / len(homes)
-    layout = lay_out(found, len(vectors), max_rows=500)
+    layout = lay_out(found, len(vectors))
     assert (layout.num > 1).all()
     parts = layout.parts_of(homes, vectors)
     np.testing.assert_array_equal(parts[:3_000], parts[3_000:])

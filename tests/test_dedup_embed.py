@@ -145,6 +145,14 @@ def test_rows_stand_beside_the_index(recipe: Recipe, descriptor: Sscd) -> None:
     assert table.drop_columns("key").equals(expected)
 
 
+def test_the_accelerator_is_the_recipes(recipe: Recipe) -> None:
+    assert embed.stage_of(recipe).resource_hints == {}
+    wanted = "type:nvidia-l4;count:1;install-nvidia-driver"
+    dedup = recipe.dedup.model_copy(update={"accelerator": wanted})
+    stage = embed.stage_of(recipe.model_copy(update={"dedup": dedup}))
+    assert stage.resource_hints == {"accelerator": wanted}
+
+
 def test_a_shard_without_pictures_has_no_rows(recipe: Recipe) -> None:
     embed.run_recipe(recipe, RunnerOptions(workers=1))
     (url,) = commits(recipe.root, "embeddings/sscd/broken")

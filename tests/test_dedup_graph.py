@@ -2,7 +2,9 @@
 
 import numpy as np
 import pyarrow as pa
+import pytest
 
+from dedup import graph
 from dedup.graph import best_edges, merge
 from dedup.records import EDGES, GRAPH
 
@@ -32,7 +34,7 @@ def edges(*rows: Edge) -> pa.Table:
 
 
 def test_a_pair_found_in_several_clusterings_is_one_edge() -> None:
-    graph = merge(
+    merged = merge(
         [
             edges((9, 3, 0.75, False, False), (7, 2, 1.0, True, False)),
             edges((7, 2, 1.0, True, False), (9, 5, 0.875, False, False)),
@@ -40,8 +42,9 @@ def test_a_pair_found_in_several_clusterings_is_one_edge() -> None:
         ],
         max_neighbours=2,
     )
-    assert graph.schema == GRAPH
-    assert graph.to_pylist() == [
+    assert (merged.num_repeated, merged.num_beyond) == (2, 0)
+    assert merged.graph.schema == GRAPH
+    assert merged.graph.to_pylist() == [
         {
             "key": key(worse).hex(),
             "neighbour": key(better).hex(),
@@ -60,7 +63,7 @@ def test_a_pair_found_in_several_clusterings_is_one_edge() -> None:
 
 
 def test_the_best_neighbours_stay_and_say_that_others_were_cut() -> None:
-    graph = merge(
+    merged = merge(
         [
             edges(*((9, better, 0.8, False, False) for better in (4, 6, 8))),
             edges(*((9, better, 0.8, False, False) for better in (1, 4, 7))),
@@ -68,7 +71,8 @@ def test_the_best_neighbours_stay_and_say_that_others_were_cut() -> None:
         ],
         max_neighbours=2,
     )
-    columns = [graph[name].to_pylist() for name in ("rank", "neighbour_rank", "truncated")]
+    assert (merged.num_repeated, merged.num_beyond) == (1, 3)
+    columns = [merged.graph[name].to_pylist() for name in ("rank", "neighbour_rank", "truncated")]
     assert list(zip(*columns, strict=True)) == [
         (8, 1, False),
         (8, 2, False),
@@ -83,17 +87,21 @@ def test_what_one_clustering_cut_is_truncated_even_if_no_more_is_known() -> None
         edges((9, 1, 0.8, False, False), (9, 2, 0.8, False, False), (7, 1, 0.8, False, False)),
     ]
     for order in (tables, tables[::-1]):
-        graph = merge(order, max_neighbours=2)
-        assert graph["rank"].to_pylist() == [7, 9, 9]
-        assert graph["truncated"].to_pylist() == [False, True, True]
+        merged = merge(order, max_neighbours=2).graph
+        assert merged["rank"].to_pylist() == [7, 9, 9]
+        assert merged["truncated"].to_pylist() == [False, True, True]
 
 
 def test_no_edges() -> None:
-    assert merge([], 4).equals(GRAPH.empty_table())
-    assert merge([EDGES.empty_table()], 4).equals(GRAPH.empty_table())
+    for nothing in ([], [EDGES.empty_table()]):
+        merged = merge(nothing, 4)
+        assert merged.graph.equals(GRAPH.empty_table())
+        assert (merged.num_repeated, merged.num_beyond) == (0, 0)
 
 
-def test_merging_in_steps_and_in_any_order_gives_the_same() -> None:
+def test_merging_in_steps_and_in_any_order_gives_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     rng = np.random.default_rng(0)
     rows = [
         (int(worse), int(better), float(np.float32(0.75 + better / 1000)), False, False)
@@ -102,6 +110,14 @@ def test_merging_in_steps_and_in_any_order_gives_the_same() -> None:
     ]
     tables = [edges(*rows[start : start + 100]) for start in range(0, len(rows), 100)]
     at_once = best_edges(pa.concat_tables(tables), 3)
+    whole = merge(tables, 3)
+    for edges_at_once in (1, 150):
+        monkeypatch.setattr(graph, "EDGES_AT_ONCE", edges_at_once)
+        for some_order in (tables, tables[::-1]):
+            folded = merge(iter(some_order), 3)
+            assert folded.graph.equals(whole.graph)
+            dropped = folded.num_repeated + folded.num_beyond
+            assert dropped == len(rows) - whole.graph.num_rows
     for number in range(3):
         order = np.random.default_rng(number).permutation(len(tables))
         some, others = (

@@ -1,5 +1,6 @@
 """A corpus that grows, evaluation pictures, rules for pairs of datasets: on real photographs."""
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -149,20 +150,74 @@ def test_later_what_an_accepted_one_was_kept_for_may_go(tmp_path: Path, sources:
     assert rows["coffee_small.png"]["of"] == "coffee.png"
 
 
+def test_a_later_search_names_the_evaluation_pictures_again(tmp_path: Path, sources: Path) -> None:
+    against = str(sources / "tests")
+    build(recipe_of(tmp_path, sources, "old", name="first", against=against))
+    later = recipe_of(tmp_path, sources, "old", "new", name="second", accepted="first")
+    for work in (deduplicate.check, build):
+        with pytest.raises(EvenmixError, match=r"first has removed .* name dedup\.against again"):
+            work(later)
+    build(recipe_of(tmp_path, sources, "old", name="told", against=against, contamination="report"))
+    told = later.model_copy(update={"dedup": later.dedup.model_copy(update={"accepted": "told"})})
+    deduplicate.check(told)  # nothing was removed for that
+
+
+def test_evaluation_files_of_which_none_is_a_picture(tmp_path: Path, sources: Path) -> None:
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    for name in ("a.parquet", "b.parquet"):
+        (folder / name).write_bytes(b"PAR1, with pictures in it")
+    recipe = recipe_of(tmp_path, sources, "old", name="none", against=str(folder))
+    with pytest.raises(EvenmixError, match=r"none of the 2 files of .*tables is a .*not_an_image"):
+        build(recipe)
+
+
+def test_other_evaluation_pictures_are_another_search(
+    tmp_path: Path, sources: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where they are only reported, and copies are exact: then the removals are the same."""
+
+    def recipe(folder: Path, name: str) -> Recipe:
+        told = recipe_of(
+            tmp_path, sources, "old", name=name, against=str(folder), contamination="report"
+        )
+        old = told.datasets["old"].model_copy(update={"duplicates": "exact"})
+        return told.model_copy(update={"datasets": {"old": old}})
+
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    shutil.copy(sources / "old" / "coffee.png", copies)
+    build(recipe(sources / "tests", "told"))
+    assert "is compared with 1 evaluation pictures" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "exchange")
+    build(recipe(sources / "tests", "told"))
+    with pytest.raises(EvenmixError, match=r"made in another way \(inputs\.search\.against: "):
+        build(recipe(copies, "told"))
+    rows = build(recipe(copies, "copies"))
+    listed = storage.read_parquet(f"{tmp_path}/duplicates/copies/_contamination/all.parquet")
+    assert listed["key"].to_pylist() == [
+        row["group"] for name, row in rows.items() if name == "coffee.png"
+    ]
+
+
 @pytest.mark.parametrize(
     ("rule", "num_kept"),
     [
         ({"duplicates": "off"}, 8),
-        ({"duplicates": "exact"}, 8),
-        ({"threshold": 0.9999}, 8),
+        ({"duplicates": "exact"}, 7),
+        ({"threshold": 0.9999}, 7),
         ({"threshold": 0.75}, 4),
     ],
 )
 def test_a_rule_for_two_datasets(
     tmp_path: Path, sources: Path, rule: Mapping[str, Any], num_kept: int
 ) -> None:
+    twins = tmp_path / "twins"
+    for dataset in ("old", "new"):
+        shutil.copytree(sources / dataset, twins / dataset)
+    shutil.copy(sources / "old" / "rocket.png", twins / "new" / "rocket_large.png")
     pairs = [{"between": ["new", "old"], **rule}]
-    rows = build(recipe_of(tmp_path, sources, "old", "new", pairs=pairs))
+    rows = build(recipe_of(tmp_path, twins, "old", "new", pairs=pairs, priority=["old"]))
     # Within a dataset its own rule holds: the small copies go in any case.
     assert {row["of"] for name, row in rows.items() if name.endswith("_small.png")} <= {
         f"{name}{size}.png"

@@ -213,7 +213,7 @@ def test_the_same_outcome_in_another_order(
     """Other shards, in which other pictures are neighbours, and other batches."""
     build(recipe_of(tmp_path, sources, images={"min_short_edge_px": 64, "records_per_shard": 7}))
     tables_of_all = [
-        f"exchange/duplicates-sscd/clusters/clustering-{0:02}/all.parquet",
+        f"exchange/duplicates-sscd/1x1/clusters/clustering-{0:02}/all.parquet",
         f"duplicates/sscd/_graph/range-{0:05}.parquet",
         *(f"duplicates/sscd/{name}/all.parquet" for name in ("_groups", "_summary", "_recall")),
     ]
@@ -261,8 +261,41 @@ def test_other_settings_want_another_name(
     for family in ("images", "embeddings", "duplicates", "exchange"):
         shutil.copytree(corpus / family, tmp_path / family)
     recipe = recipe_of(tmp_path, sources, dedup={"max_neighbours": 4})
-    with pytest.raises(EvenmixError, match=r"part-00000.*max_neighbours: 64 -> 4.*another name"):
+    with pytest.raises(EvenmixError, match=r"sscd/_.*search.max_neighbours: 64 -> 4.*another name"):
         deduplicate.run_recipe(recipe, TWO_WORKERS)
+    threshold = recipe_of(tmp_path, sources)
+    album = threshold.datasets["album"].model_copy(update={"threshold": 0.8})
+    datasets = threshold.datasets | {"album": album}
+    with pytest.raises(EvenmixError, match=r"inputs\.search\.rules"):
+        deduplicate.run_recipe(threshold.model_copy(update={"datasets": datasets}), TWO_WORKERS)
+
+
+def test_without_the_exchange_nothing_is_done_again(
+    corpus: Path,
+    sources: Path,
+    tmp_path: Path,
+    without_beam: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for family in ("images", "embeddings", "duplicates"):
+        shutil.copytree(corpus / family, tmp_path / family)
+    deduplicate.run_recipe(recipe_of(tmp_path, sources), TWO_WORKERS)
+    assert files(tmp_path) == files(corpus)
+    assert not (tmp_path / "exchange").exists()
+    shown = capsys.readouterr().err
+    assert "removed pictures" in shown
+    assert "pair recall" in shown
+
+
+def test_an_outcome_that_was_cut_off_is_completed(
+    corpus: Path, sources: Path, tmp_path: Path, without_beam: None
+) -> None:
+    for family in ("images", "embeddings", "duplicates", "exchange"):
+        shutil.copytree(corpus / family, tmp_path / family)
+    for dataset in ("_summary", "crawl"):
+        shutil.rmtree(tmp_path / "duplicates" / "sscd" / dataset)
+    deduplicate.run_recipe(recipe_of(tmp_path, sources), TWO_WORKERS)
+    assert files(tmp_path) == files(corpus)
 
 
 def test_missing_weights_stop_before_any_work(

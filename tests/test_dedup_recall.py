@@ -12,6 +12,7 @@ from rich.console import Console
 from dedup import recall
 from dedup.recall import (
     Estimate,
+    check_reach,
     comparisons_share,
     duplicates_left,
     more_queries,
@@ -21,7 +22,6 @@ from dedup.recall import (
     reach_measures,
     recall_rows,
     recall_table,
-    refuse_low_reach,
     share_of_pairs,
 )
 from dedup.records import Bools, Ints
@@ -236,19 +236,59 @@ def test_pairs_that_never_meet_cannot_be_helped_by_more() -> None:
     assert needed_clusterings(small([(0, 1, "1111"), (2, 3, "0000")]), 4, 0.99) is None
 
 
+def test_what_rounding_leaves_is_no_progress() -> None:
+    rng = np.random.default_rng(0)
+    for num_clusterings in range(1, 8):
+        for num_pairs in range(2, 40):
+            met = np.arange(num_pairs) % 2 == 0
+            query = np.arange(num_pairs)
+            meets = np.repeat(met[:, None], num_clusterings, axis=1)
+            pairs = pairs_of(query, query + num_pairs, meets, rng.random(num_pairs))
+            misses = recall._misses(pairs, num_clusterings)
+            assert len(set(misses[1:])) == 1
+            if num_clusterings > 1:
+                assert needed_clusterings(pairs, num_clusterings, 0.99) is None
+
+
+def few_meet_nowhere(num_pairs: int) -> pa.Table:
+    """Return pairs of which one in 50 meets in neither of two clusterings."""
+    return small(
+        [
+            (query, query + 1, ("01", "10", "11")[query % 3] if query % 50 else "00")
+            for query in range(num_pairs)
+        ]
+    )
+
+
 def test_low_reach_is_refused_with_the_remedy() -> None:
-    pairs = small([(query, query + 1, "10" if query % 50 else "00") for query in range(200)])
+    pairs = few_meet_nowhere(200)
     reachable = reach(pairs, 2, 2_000, 10**6)
-    refuse_low_reach(reachable, 0.98, None)
+    assert check_reach(reachable, pairs, 0.98) is None
+    needed = needed_clusterings(pairs, 2, 0.995)
+    assert needed is not None
     with pytest.raises(EvenmixError) as refused:
-        refuse_low_reach(reachable, 0.99, recall.Needed(6, 0.9934))
+        check_reach(reachable, pairs, 0.995)
     assert str(refused.value) == (
         "dedup.clusterings = 2 can find 0.9800 of the similar pairs at most (0.9497 to 0.9922, "
-        "from 200 pairs of 2,000 pictures), less than dedup.min_recall = 0.99; "
-        "dedup.clusterings = 6 would reach about 0.993"
+        "from 200 pairs of 2,000 pictures), less than dedup.min_recall = 0.995; "
+        f"dedup.clusterings = {needed.clusterings} would reach about {needed.reach:.3f}"
     )
+    hopeless = small([(query, query + 1, "11" if query % 50 else "00") for query in range(200)])
     with pytest.raises(EvenmixError, match=r"no number up to 64 would do.*dedup\.num_clusters"):
-        refuse_low_reach(reachable, 0.99, None)
+        check_reach(reach(hopeless, 2, 2_000, 10**6), hopeless, 0.995)
+
+
+def test_what_may_be_chance_is_a_warning() -> None:
+    """With ten pairs, one of which meets nowhere, .99 may well be reached."""
+    pairs = small([(query, query + 1, "11" if query else "00") for query in range(0, 20, 2)])
+    reachable = reach(pairs, 2, 2_000, 10**6)
+    assert reachable[-1].value == 0.9
+    assert 0.98 < reachable[-1].high < 0.99
+    warning = check_reach(reachable, pairs, 0.98)
+    assert warning is not None
+    assert "can find 0.9000 of the similar pairs" in warning
+    with pytest.raises(EvenmixError):
+        check_reach(reachable, pairs, 0.99)
 
 
 def test_what_is_shown_is_what_is_published() -> None:

@@ -7,14 +7,20 @@ keep what is like none that is kept.
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pytest
 
+from dedup.corpus import Search, Shard, group_shards
+from dedup.outcome_stages import Everyone, settled_rows
 from dedup.pictures import ACCEPTED, EVALUATION, NEW, Facts, who_is_who
+from dedup.records import DUPLICATES, keys_from_hex, to_hex
 from dedup.removals import CONTAMINATED, EXACT, NEAR, Edges, Graph, choose_removals
 from dedup.rules import AGAINST, Rule, Rules
+from pipeline import storage
 
 THRESHOLDS = {"exact": 2.0, "loose": 0.75, "off": 3.0, "strict": 0.9, AGAINST: 0.0}
 """The least cosine of copies; 2 stands for exact copies only, 3 for none."""
@@ -69,8 +75,8 @@ def facts_of(pictures: Sequence[Picture]) -> Facts:
         num_bytes=np.array([picture.file for picture in pictures]),
         sha256=hashes([f"{picture.content} {picture.file}" for picture in pictures]),
         pixels_sha256=hashes([f"{picture.content}" for picture in pictures]),
-        dataset=np.array([NAMES.index(picture.dataset) for picture in pictures]),
-        level=np.array([picture.level for picture in pictures]),
+        dataset=np.array([NAMES.index(picture.dataset) for picture in pictures], np.int16),
+        level=np.array([picture.level for picture in pictures], np.int8),
         settled=np.array([bool(picture.settled_for) for picture in pictures]),
         keeper=keys([picture.settled_for for picture in pictures]),
     )
@@ -114,15 +120,15 @@ def removed_of(
     graph = Graph(
         stand_in=table["stand_in"].to_numpy()[at],
         copies=table["copies"].to_numpy()[at],
-        dataset=np.array([NAMES.index(pictures[i].dataset) for i in at]),
+        dataset=np.array([NAMES.index(pictures[i].dataset) for i in at], np.int16),
         accepted=table["accepted"].to_numpy()[at],
         settled=table["settled"].to_numpy()[at],
-        near=Edges(
+        near=Edges.near(
             columns[:, 0].astype(np.int64),
             columns[:, 1].astype(np.int64),
             columns[:, 2].astype(np.float32),
         ),
-        equal=Edges(nothing, nothing, np.empty(0, np.float32)),
+        equal=Edges.near(nothing, nothing, np.empty(0, np.float32)),
         num_evaluation=sum(picture.level == EVALUATION for picture in pictures),
     )
     chosen = choose_removals(graph, RULES, remove_contamination=remove_contamination)
@@ -250,6 +256,87 @@ def test_what_an_earlier_search_removed_stays_out_and_takes_no_part() -> None:
         keeper: CONTAMINATED,
         settled: CONTAMINATED,
     }
+
+
+def test_a_repeat_of_what_an_earlier_search_removed_is_settled_too() -> None:
+    kept = Picture("loose", "a" * 32, 0, file=1, num_pixels=9, level=ACCEPTED)
+    for keeper in (kept.key, "f" * 32):  # the other is unknown
+        settled = Picture("loose", "b" * 32, 1, 1, 900, level=ACCEPTED, settled_for=keeper)
+        again = Picture("loose", "b" * 32, content=2, file=1, num_pixels=900)
+        table = who_is_who(facts_of([kept, settled, again]), RULES, [], seed=0)
+        assert table["settled"].to_pylist() == [False, True, True]
+        rank, stand_in = table["rank"].to_pylist(), table["stand_in"].to_pylist()
+        assert stand_in == [rank[0], rank[0 if keeper == kept.key else 1], rank[1]]
+        assert removed_of([kept, settled, again], np.zeros((3, 3), np.float32)) == {}
+
+
+def test_a_later_repeat_has_the_row_of_what_the_earlier_search_removed(tmp_path: Path) -> None:
+    search = Search(
+        root=str(tmp_path), name="later", seed=0, rules=RULES, embeddings="", descriptor={},
+        max_neighbours=1, accepted="earlier",
+    )  # fmt: skip
+    kept = Picture("loose", "a" * 32, 0, file=1, num_pixels=9, level=ACCEPTED)
+    known = Picture("loose", "b" * 32, 1, 1, 900, level=ACCEPTED, settled_for=kept.key)
+    unknown = Picture("loose", "c" * 32, 2, 1, 900, level=ACCEPTED, settled_for="e" * 32)
+    new = [Picture("loose", key * 32, 3, 1, 900) for key in "dcb"]
+    earlier = [
+        dict(zip(DUPLICATES.names, values, strict=True))
+        for values in [
+            (kept.key, None, None, kept.key, None),
+            (known.key, kept.key, 1.0, kept.key, "exact_copy"),
+            (unknown.key, "e" * 32, 0.5, "f" * 32, "contamination"),
+        ]
+    ]
+    table = pa.Table.from_pylist(earlier, schema=DUPLICATES)
+    storage.publish(search.accepted_url("loose", "one"), storage.parquet_bytes(table, {}))
+    everyone = Everyone(
+        [[Shard("loose", "one", 3, True)], [Shard("loose", "one.r1", 3, False)]],
+        who_is_who(facts_of([kept, known, unknown, *new]), RULES, [], seed=0),
+    )
+    rows = pa.concat_tables(settled_rows(search, everyone, np.empty(0, np.int64))).to_pylist()
+    place_of_kept = {"keeper_dataset": "loose", "keeper_shard": "one", "keeper_row": 0}
+    nowhere = dict.fromkeys(place_of_kept)
+    assert sorted(rows, key=lambda row: row["place"]) == [
+        {"place": 1} | earlier[1] | place_of_kept,
+        {"place": 2} | earlier[2] | nowhere,
+        {"place": 4} | earlier[2] | nowhere,
+        {"place": 5} | earlier[1] | place_of_kept,
+    ]
+
+
+def test_evaluation_pictures_change_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So the outcome's items are known before evaluation pictures are described."""
+    monkeypatch.setattr("dedup.corpus.PICTURES_PER_GROUP", 10)
+    shards = [Shard("album", f"{number}", 4, False) for number in range(5)]
+    evaluation = [Shard(AGAINST, f"{number}", 9, False) for number in range(2)]
+    alone, together = group_shards(shards), group_shards([*shards, *evaluation])
+    assert [len(group) for group in alone] == [3, 2]
+    assert together[0] == alone[0]
+    assert together[1][:2] == alone[1]
+
+
+def test_the_draw_is_random_and_hangs_on_key_and_seed_alone() -> None:
+    names = [hashlib.sha256(b"%d" % number).hexdigest()[:32] for number in range(500)]
+    pictures = [Picture("loose", key, i, 1, 900) for i, key in enumerate(names)]
+
+    def draw(pictures: Sequence[Picture], seed: int) -> dict[str, int]:
+        table = who_is_who(facts_of(pictures), RULES, [], seed)
+        keys = [picture.key for picture in pictures]
+        return dict(zip(keys, table["draw"].to_pylist(), strict=True))
+
+    first = draw(pictures, 0)
+    assert sorted(first.values()) == list(range(500))
+    assert draw(pictures[::-1], 0) == first
+    order = [first[key] for key in sorted(names)]
+    for other in (list(range(500)), [draw(pictures, 1)[key] for key in sorted(names)]):
+        assert abs(np.corrcoef(order, other)[0, 1]) < 0.15
+
+
+def test_keys_to_hex_and_back() -> None:
+    names = [hashlib.sha256(b"%d" % number).hexdigest()[:32] for number in range(9)]
+    column = pa.chunked_array([pa.array(names[:4]), pa.array([], pa.string()), pa.array(names[4:])])
+    for some in (column, column.slice(2, 5), column.slice(9)):
+        assert to_hex(keys_from_hex(some)).to_pylist() == some.to_pylist()
 
 
 def test_priority_decides_between_equals() -> None:

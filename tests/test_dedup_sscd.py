@@ -122,6 +122,7 @@ def test_identity_has_the_weights(descriptor: Sscd) -> None:
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
         "dimension": 512,
         "input": "320x320 bilinear",
+        "jpeg_reduced_to_px": 320,
     }
     assert pickle.loads(pickle.dumps(descriptor)) == descriptor
 

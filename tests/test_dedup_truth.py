@@ -2,8 +2,10 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pytest
 
@@ -12,7 +14,8 @@ from dedup.graph import merge
 from dedup.records import GRAPH, THUMBNAIL_BYTES, Described, Ints, Vectors
 from dedup.rules import Rule, Rules
 from dedup.search import find_edges
-from dedup.truth import MAX_PAIRS, TRUE_PAIRS, found_in, true_pairs
+from dedup.truth import MAX_PAIRS, TRUE_PAIRS, Homes, found_in, read_truth, true_pairs
+from pipeline import storage
 
 RULES = Rules(("a",), ((Rule("near", 0.75, "none", True),),))
 NUM_PICTURES, DIMENSION, NUM_CLUSTERINGS = 300, 32, 3
@@ -45,12 +48,26 @@ def pictures() -> Described:
 
 
 @pytest.fixture(scope="module")
-def homes() -> Ints:
-    return np.random.default_rng(1).integers(0, 2, (NUM_PICTURES, NUM_CLUSTERINGS))
+def homes(pictures: Described) -> Ints:
+    """Return homes drawn at random; pictures with equal vectors have equal ones."""
+    drawn = np.random.default_rng(1).integers(0, 2, (NUM_PICTURES, NUM_CLUSTERINGS))
+    _, first, same = np.unique(pictures.vector, axis=0, return_index=True, return_inverse=True)
+    return drawn[first[same.ravel()]]
+
+
+def as_drawn(pictures: Described, homes: Ints) -> Homes:
+    """Return what looks up the homes of the pictures' vectors, those of the first of equal ones."""
+    by_vector = dict(zip(map(bytes, pictures.vector[::-1]), homes[::-1].tolist(), strict=True))
+
+    def look_up(vectors: npt.NDArray[np.float16]) -> Ints:
+        found = [by_vector[bytes(vector)] for vector in vectors]
+        return np.array(found, np.int64).reshape(len(vectors), homes.shape[1])
+
+    return look_up
 
 
 def search(pictures: Described, homes: Ints, queries: Ints) -> pa.Table:
-    return true_pairs(pictures.take(queries), pictures, RULES, homes[queries], homes)
+    return true_pairs(pictures.take(queries), pictures, RULES, as_drawn(pictures, homes))
 
 
 def swarm(size: int) -> Described:
@@ -112,9 +129,38 @@ def test_of_a_swarm_s_pairs_some_stand_for_all(monkeypatch: pytest.MonkeyPatch) 
 def test_no_queries_and_no_pictures(pictures: Described, homes: Ints) -> None:
     nobody = np.empty(0, np.int64)
     assert search(pictures, homes, nobody).equals(TRUE_PAIRS.empty_table())
-    few = pictures.take(np.arange(5))
-    found = true_pairs(few, pictures.take(nobody), RULES, homes[:5], homes[nobody])
+    few, look_up = pictures.take(np.arange(5)), as_drawn(pictures, homes)
+    found = true_pairs(few, pictures.take(nobody), RULES, look_up)
     assert found.equals(TRUE_PAIRS.empty_table())
+
+
+def test_homes_are_asked_only_for_what_is_in_pairs_and_once_each(
+    pictures: Described, homes: Ints
+) -> None:
+    asked = list[npt.NDArray[np.float16]]()
+    look_up = as_drawn(pictures, homes)
+
+    def counting(vectors: npt.NDArray[np.float16]) -> Ints:
+        asked.append(vectors)
+        return look_up(vectors)
+
+    queries = pictures.take(np.arange(40))
+    pairs = true_pairs(queries, pictures, RULES, counting)
+    sizes = [len(np.unique(pairs[side].to_numpy())) for side in ("query", "other")]
+    assert [len(vectors) for vectors in asked] == sizes
+    assert sizes[0] <= 40
+    assert sizes[1] < NUM_PICTURES
+
+
+def test_true_pairs_of_all_groups_are_read_together(
+    pictures: Described, homes: Ints, tmp_path: Path
+) -> None:
+    pairs = search(pictures, homes, np.arange(20))
+    urls = [str(tmp_path / f"{number}.parquet") for number in range(3)]
+    for url, part in zip(urls, (pairs[:30], pairs[:0], pairs[30:]), strict=True):
+        assert storage.publish(url, storage.parquet_bytes(part, {}))
+    assert read_truth(urls).equals(pairs)
+    assert read_truth([]).equals(TRUE_PAIRS.empty_table())
 
 
 # What a graph has of them
@@ -131,16 +177,17 @@ def test_an_exact_search_without_a_limit_finds_everything(pictures: Described, h
     pairs = search(pictures, homes, np.arange(NUM_PICTURES))
     edges = find_edges(pictures, RULES, max_neighbours=NUM_PICTURES)
     assert edges["equal"].to_numpy().sum() > 50
-    found = found_in(pairs, in_parts(merge([edges], NUM_PICTURES)))
+    graph = merge([edges], NUM_PICTURES).graph
+    found = found_in(pairs, in_parts(graph))
     assert found.found.all()
     assert not found.truncated.any()
-    nothing = found_in(TRUE_PAIRS.empty_table(), in_parts(merge([edges], NUM_PICTURES)))
+    nothing = found_in(TRUE_PAIRS.empty_table(), in_parts(graph))
     assert len(nothing.found) == len(nothing.truncated) == 0
 
 
 def test_what_a_limit_drops_is_told_from_what_is_missed(pictures: Described, homes: Ints) -> None:
     pairs = search(pictures, homes, np.arange(NUM_PICTURES))
-    graph = merge([find_edges(pictures, RULES, max_neighbours=2)], 2)
+    graph = merge([find_edges(pictures, RULES, max_neighbours=2)], 2).graph
     found = found_in(pairs, in_parts(graph))
     assert not found.found.all()
     assert (found.found | found.truncated).all()

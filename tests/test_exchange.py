@@ -1,9 +1,11 @@
 """Rows regrouped in files are those of the plain definition, in few reads and equal bytes."""
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline import storage
@@ -57,6 +59,30 @@ def test_a_destination_gets_its_rows_in_the_order_of_files_and_rows(tmp_path: Pa
         assert all(rows.schema == SCHEMA and rows.num_rows for rows in slices)
         assert [row for rows in slices for row in rows.to_pylist()] == expected
     assert list(read_slices(urls, NUM_DESTINATIONS)) == []
+
+
+def test_several_destinations_of_a_file_are_read_at_one_opening(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [draw_rows(num_rows, seed=num_rows) for num_rows in (3, 100, 60)]
+    urls = [
+        publish(tmp_path / f"{number}.parquet", exchange_table(*file))
+        for number, file in enumerate(files)
+    ]
+    opened = list[str]()
+    open_parquet = storage.open_parquet
+
+    def counting(url: str) -> AbstractContextManager[pq.ParquetFile]:
+        opened.append(url)
+        return open_parquet(url)
+
+    monkeypatch.setattr(storage, "open_parquet", counting)
+    wanted = [7, 2, NUM_DESTINATIONS, 11]
+    slices = list(read_slices(urls, *wanted))
+    assert sorted(opened) == urls
+    one_by_one = [rows for url in urls for place in wanted for rows in read_slices([url], place)]
+    assert len(slices) == 6
+    assert all(a.equals(b) for a, b in zip(slices, one_by_one, strict=True))
 
 
 def test_equal_rows_give_equal_tables() -> None:

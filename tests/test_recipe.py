@@ -58,6 +58,24 @@ def test_the_engine_decides_what_a_caption_set_may_say(tmp_path: Path) -> None:
     assert recipe.captions["model"] == VllmCaptions(engine="vllm", max_tokens=9)
 
 
+def test_open_clip_wants_thresholds_of_its_own(tmp_path: Path) -> None:
+    text = GOOD + '[dedup]\nmodel = "open_clip"\nopen_clip_model = "ViT-B-32"\n'
+    _, line = mistakes(tmp_path, text)
+    assert "dedup.model = 'open_clip' measures" in line
+    assert "give cats, dogs a threshold" in line
+    cats = 'source = "cats"\nthreshold = 0.95'
+    _, line = mistakes(tmp_path, text.replace('source = "cats"', cats))
+    assert "give dogs a threshold" in line
+    exact = text.replace('source = "cats"', cats).replace(
+        'id_rule = "{id}"', 'id_rule = "{id}"\nduplicates = "exact"'
+    )
+    assert load(tmp_path, exact).datasets["cats"].threshold == 0.95
+    pair = '[[dedup.pairs]]\nbetween = ["dogs", "dogs"]\nduplicates = "near"\n'
+    _, line = mistakes(tmp_path, exact + pair)
+    assert "give dogs a threshold" in line
+    load(tmp_path, exact + pair + "threshold = 0.9\n")
+
+
 def test_overrides_replace_values_and_none_does_not(tmp_path: Path) -> None:
     recipe = load(
         tmp_path, GOOD, **{"root": "other", "images.max_pixels": 5, "mixture.resolution": None}
