@@ -26,10 +26,10 @@ KEPT = {name: read - sum(bad.values()) for name, (read, bad) in corpora.COUNTS.i
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
     """Two tiny models of different families, and vLLM's environment."""
+    folders = {family: tmp_path_factory.mktemp(family) for family in ("qwen3_vl", "llava")}
     with vllm_environment():
         yield {
-            family: make_model(tmp_path_factory.mktemp(family), f"--family={family}")
-            for family in ("qwen3_vl", "llava")
+            family: make_model(folder, f"--family={family}") for family, folder in folders.items()
         }
 
 

@@ -89,8 +89,9 @@ class Worker:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("model")
     with vllm_environment():
-        yield make_model(tmp_path_factory.mktemp("model"))
+        yield make_model(folder)
 
 
 def _api_servers(folder: Path) -> list[int]:
