@@ -29,21 +29,23 @@ from pipeline.summary import finished_shards
 
 
 def check(recipe: Recipe) -> None:
-    """Check that the mixture's caption set can be made: its model, or its published captions.
+    """Check that the mixture's caption sets can be made: their models, or published captions.
 
     Raises:
-        EvenmixError: it cannot.
+        EvenmixError: one cannot.
     """
-    settings = recipe.captions[recipe.mixture.captions]
-    if isinstance(settings, VllmCaptions):
-        model_set.check(recipe, recipe.mixture.captions, settings)
-    elif isinstance(settings, PublishedCaptions):
-        published.check(recipe, recipe.mixture.captions, settings)
+    for captions in recipe.mixture.all_caption_sets(recipe.mixture_datasets()):
+        settings = recipe.captions[captions]
+        if isinstance(settings, VllmCaptions):
+            model_set.check(recipe, captions, settings)
+        elif isinstance(settings, PublishedCaptions):
+            published.check(recipe, captions, settings)
 
 
 def run_recipe(recipe: Recipe, runner: RunnerOptions) -> None:
-    """Write the caption set of a recipe's mixture."""
-    run_set(recipe, recipe.mixture.captions, runner)
+    """Write the caption sets of a recipe's mixture."""
+    for captions in recipe.mixture.all_caption_sets(recipe.mixture_datasets()):
+        run_set(recipe, captions, runner)
 
 
 def run_set(recipe: Recipe, captions: str, runner: RunnerOptions) -> None:
@@ -67,7 +69,7 @@ def _write_from_source(
 ) -> None:
     items = [
         WorkItem(dataset, shard, inputs={"images": digest})
-        for dataset in sorted(recipe.datasets)
+        for dataset in recipe.datasets_of_set(captions)
         for shard, digest in finished_shards(recipe.root, IMAGES, dataset, "ingest").items()
     ]
     run_stage(SourceCaptioning(recipe.root, captions, settings), items, runner)
@@ -147,10 +149,25 @@ def _check_bare_engine(num_captions: int, captions: str, settings: Captions) -> 
         )
 
 
+def _only_set(recipe: Recipe) -> str:
+    """Return the caption set of the mixture.
+
+    Raises:
+        EvenmixError: it has several.
+    """
+    first, *others = recipe.mixture.all_caption_sets(recipe.mixture_datasets())
+    if others:
+        raise EvenmixError(
+            f"the mixture has several caption sets: {', '.join([first, *others])}; --captions NAME "
+            "says which to write"
+        )
+    return first
+
+
 def _recipe_and_set(args: argparse.Namespace) -> tuple[Recipe, str]:
     """Load the recipe, with what the command line says of the set, and return the set's name."""
     recipe = recipe_of(args)
-    captions = args.captions or recipe.mixture.captions
+    captions = args.captions or _only_set(recipe)
     changes: dict[str, Any] = {
         "model": args.model,
         "endpoint": args.endpoint,

@@ -113,7 +113,9 @@ def _note_url(root: str, captions: str, what: str) -> str:
 def _plan(stage: VllmCaptioning, mixture_of: Recipe) -> list[WorkItem]:
     """Return one item for each image shard of the datasets that are asked about."""
     root, parent = stage.root, stage.settings.parent
-    datasets = mixture_of.mixture_datasets() if stage.wanted else sorted(stage.datasets)
+    datasets = mixture_of.datasets_of_set(stage.captions)
+    if stage.wanted:
+        datasets = sorted(set(datasets) & set(mixture_of.mixture_datasets()))
     items = []
     for dataset in datasets:
         families: dict[str, Mapping[str, str]] = {

@@ -25,7 +25,7 @@ OFFSETS = pa.schema(
 two members have their data in the tar, in bytes."""
 
 
-MAX_COMMON_DENOMINATOR = 1_000_000
+MAX_COMMON_DENOMINATOR = 65_536
 """A trainer tabulates one period of the weights, whose length is their common denominator."""
 
 
@@ -63,28 +63,39 @@ class Split(BaseModel):
 
 
 class MixtureDataset(BaseModel):
-    """One dataset of the mixture and the share of the trainer's samples that it gets."""
+    """One dataset of the mixture and the share of the trainer's samples that it gets.
+
+    ``weight`` is what a trainer keeps exactly. ``weight_before_rounding`` is the share that was
+    asked for, where the datasets' sizes gave one whose denominator was too large. ``caption_sets``
+    have their shares of the captions that are drawn.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     weight: ExactFraction
+    weight_before_rounding: ExactFraction | None
     licence: str
+    caption_sets: dict[str, ExactFraction]
     train: Split
     validation: Split
 
 
 class Manifest(BaseModel):
-    """``mixture.json``: weights are exact fractions that sum to one."""
+    """``mixture.json``: weights are exact fractions that sum to one.
+
+    With ``crop`` ``square`` pictures are ``resolution`` x ``resolution`` pixels, with ``none`` the
+    shorter edge of each has ``resolution`` pixels.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     name: str
     resolution: int
+    crop: Literal["square", "none"]
     image_format: Literal["png", "jpeg", "webp"]
     seed: int
-    caption_sets: dict[str, ExactFraction]
     datasets: list[MixtureDataset]
 
 

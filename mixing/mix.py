@@ -88,7 +88,7 @@ def publish_manifest(recipe: Recipe, write: Write) -> None:
         resolution=mixture.resolution,
         image_format=mixture.image_format,
         seed=recipe.seed,
-        caption_sets={mixture.captions: "1"},
+        caption_sets={str(mixture.captions): "1"},
         datasets=[
             _manifest_dataset(name, str(weights[name]), recipe.datasets[name].licence, receipts)
             for name in datasets

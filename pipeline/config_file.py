@@ -2,15 +2,34 @@
 
 import tomllib
 from collections.abc import Mapping
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from pipeline import storage
 from pipeline.errors import EvenmixError, did_you_mean
 
 Model = TypeVar("Model", bound=BaseModel)
+
+
+class Section(BaseModel):
+    """A table of a configuration file: unknown keys are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _file_name(name: str) -> str:
+    if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name[0] in "._":
+        raise ValueError(
+            f"{name!r} becomes a folder name: use letters, digits, '-', '_' and '.', and begin "
+            "with a letter or a digit"
+        )
+    return name
+
+
+Name = Annotated[str, AfterValidator(_file_name)]
+"""The name of something that becomes a folder."""
 
 
 def load_toml(url: str, model: type[Model], overrides: Mapping[str, Any]) -> Model:

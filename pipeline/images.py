@@ -30,7 +30,7 @@ from pipeline import containers
 from pipeline.reasons import PictureError, RejectReason
 
 Pixels = npt.NDArray[np.uint8]
-Resample = Literal["bilinear", "bicubic"]
+Resample = Literal["bilinear", "bicubic", "lanczos"]
 ImageFormat = Literal["png", "jpeg", "webp"]
 
 EXTENSIONS = {

@@ -46,6 +46,7 @@ class RejectReason(StrEnum):
     CONTAMINATION = "contamination"  # like a picture that models are evaluated with
 
     # The mixture.
+    FILTERED = "filtered"  # a filter of the recipe does not let it through
     NOT_ASKED = "not_asked"  # the caption set was made for fewer pictures
     NO_CAPTION = "no_caption"  # the caption set has none that can be used
     NOT_SAMPLED = "not_sampled"  # beyond the number of pictures that the recipe takes

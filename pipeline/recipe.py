@@ -8,16 +8,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
-    FiniteFloat,
     field_validator,
     model_validator,
 )
 
 from pipeline.catalog import CATALOG
-from pipeline.config_file import load_toml
+from pipeline.config_file import Name, Section, load_toml
 from pipeline.dataset import (
     Dataset,
     Duplicates,
@@ -27,25 +24,10 @@ from pipeline.dataset import (
     without_secrets,
 )
 from pipeline.errors import did_you_mean
+from pipeline.mixture import Mixture
 
 DEFAULT_CAPTIONER = "Qwen/Qwen3-VL-30B-A3B-Instruct-FP8"
 PUBLISHED_CAPTIONS = "hf://datasets/zlab-princeton/i1-captions"
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-def _file_name(name: str) -> str:
-    if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name[0] in "._":
-        raise ValueError(
-            f"{name!r} becomes a folder name: use letters, digits, '-', '_' and '.', and begin "
-            "with a letter or a digit"
-        )
-    return name
-
-
-Name = Annotated[str, AfterValidator(_file_name)]
 
 
 def _root(url: str) -> str:
@@ -69,7 +51,7 @@ def _endpoint(url: str) -> str:
 Endpoint = Annotated[str, AfterValidator(_endpoint)]
 
 
-class Images(_Section):
+class Images(Section):
     """Limits for pictures to be kept, and the size of shards, before rejections.
 
     A shard takes its records from a range of at most ``bytes_per_shard`` bytes of a tar, from
@@ -88,7 +70,7 @@ class Images(_Section):
 HeaderText = Annotated[str, Field(pattern=r"^[\x20-\x7e]+$")]
 
 
-class Fetch(_Section):
+class Fetch(Section):
     """How pictures are downloaded.
 
     ``timeout_s`` is one deadline for a whole attempt: name lookup, connection, redirects and body.
@@ -113,7 +95,7 @@ class Fetch(_Section):
     stop_when_unreachable: bool = True
 
 
-class PairRule(_Section):
+class PairRule(Section):
     """What counts as a copy between two datasets, or within one that is named twice.
 
     What is absent is as the datasets say, the stricter of the two.
@@ -126,7 +108,7 @@ class PairRule(_Section):
     mirrored: bool | None = None
 
 
-class Dedup(_Section):
+class Dedup(Section):
     """How duplicates are searched, and which of them stay.
 
     ``model`` makes the descriptors: ``sscd``, its smaller student ``sscd_distilled``, or an image
@@ -175,14 +157,14 @@ class Dedup(_Section):
         return self
 
 
-class SourceCaptions(_Section):
+class SourceCaptions(Section):
     """Captions from the datasets' own texts; ``templates`` wrap them ("A photo of {text}.")."""
 
     engine: Literal["source"]
     templates: dict[str, str] = {}
 
 
-class PublishedCaptions(_Section):
+class PublishedCaptions(Section):
     """Captions that others have published, joined by the identifiers of the pictures.
 
     ``source`` has a folder of Parquet files for each dataset, with a column ``key`` and columns
@@ -202,7 +184,7 @@ class PublishedCaptions(_Section):
         return self
 
 
-class OwnPrompt(_Section):
+class OwnPrompt(Section):
     """A prompt of the recipe's own: its ``kind`` and, in place of that kind's text, ``text``."""
 
     kind: PromptKind
@@ -216,7 +198,7 @@ RedoneOutcome = Literal[
 ]  # fmt: skip
 
 
-class VllmCaptions(_Section):
+class VllmCaptions(Section):
     """Captions from a vision-language model behind vLLM.
 
     ``revision`` is the commit of a model on the Hub (absent: the one of the day, recorded);
@@ -275,27 +257,7 @@ Captions = Annotated[
 ]
 
 
-class Mixture(_Section):
-    """What is cut from the corpus.
-
-    ``weights`` is ``equal`` or a share for each dataset (they need not sum to one);
-    ``images_per_dataset`` takes that many by hash, all if absent; ``validation_fraction`` is held
-    out by hash; ``min_short_edge_px`` is the resolution if absent.
-    """
-
-    name: Name
-    resolution: Annotated[int, Field(ge=1)]
-    captions: str
-    datasets: list[str] | None = None
-    weights: Literal["equal"] | dict[str, FiniteFloat] = "equal"
-    images_per_dataset: Annotated[int, Field(ge=1)] | None = None
-    min_short_edge_px: Annotated[int, Field(ge=1)] | None = None
-    image_format: Literal["png", "jpeg", "webp"] = "png"
-    samples_per_shard: Annotated[int, Field(ge=1)] = 1000
-    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
-
-
-class Corpus(_Section):
+class Corpus(Section):
     """What ingest needs. ``root`` holds the corpus; relative paths are as seen by the command.
 
     A dataset with ``catalog = "NAME"`` is that of the catalogue, but for the keys that are given
@@ -343,16 +305,21 @@ class Recipe(Corpus):
     @model_validator(mode="after")
     def _names_agree(self) -> "Recipe":
         mistakes = []
-        if self.mixture.captions not in self.captions:
-            mistakes.append(
-                f"mixture.captions names {self.mixture.captions!r}, but the caption sets are "
-                f"{', '.join(self.captions)}"
-            )
-        for name in self.mixture_datasets():
-            if name not in self.datasets:
-                mistakes.append(f"mixture.datasets names {name!r}, which is not among datasets")
+        for name in self.mixture.all_caption_sets(self.mixture_datasets()):
+            if name not in self.captions:
+                mistakes.append(
+                    f"mixture.captions names {name!r}, but the caption sets are "
+                    f"{', '.join(self.captions)}"
+                )
+        for key, names in self._datasets_in_mixture():
+            for name in names:
+                if name not in self.datasets:
+                    hint = did_you_mean(name, self.datasets)
+                    mistakes.append(f"mixture.{key} names {name!r}, not among datasets{hint}")
         if len(set(self.mixture_datasets())) < len(self.mixture_datasets()):
             mistakes.append("mixture.datasets names a dataset twice; mixture.weights says how much")
+        if not self.mixture_datasets():
+            mistakes.append("mixture.without leaves no dataset")
         named = [name for rule in self.dedup.pairs for name in rule.between]
         for name in dict.fromkeys([*named, *self.dedup.priority]):
             if name not in self.datasets:
@@ -367,11 +334,9 @@ class Recipe(Corpus):
         pairs = [tuple(sorted(rule.between)) for rule in self.dedup.pairs]
         if len(set(pairs)) < len(pairs):
             mistakes.append("dedup.pairs has two rules for one pair of datasets")
-        if isinstance(self.mixture.weights, dict):
-            if set(self.mixture.weights) != set(self.mixture_datasets()):
-                mistakes.append("mixture.weights must give every dataset of the mixture a weight")
-            if any(weight <= 0 for weight in self.mixture.weights.values()):
-                mistakes.append("mixture.weights must be above zero")
+        weights = self.mixture.weights
+        if isinstance(weights, dict) and set(weights) != set(self.mixture_datasets()):
+            mistakes.append("mixture.weights must give every dataset of the mixture a weight")
         for set_name, captions in self.captions.items():
             if isinstance(captions, SourceCaptions):
                 for name, template in captions.templates.items():
@@ -407,9 +372,30 @@ class Recipe(Corpus):
             if "threshold" not in self.datasets[name].model_fields_set
         )
 
+    def _datasets_in_mixture(self) -> list[tuple[str, list[str]]]:
+        """Return the keys of ``[mixture]`` that name datasets, and the names."""
+        mixture = self.mixture
+        filtered = [name for wanted in mixture.filters for name in wanted.datasets or ()]
+        return [
+            ("datasets", mixture.datasets or []),
+            ("without", mixture.without),
+            ("captions_of", list(mixture.captions_of)),
+            ("filters", filtered),
+        ]
+
     def mixture_datasets(self) -> list[str]:
         """Return the datasets of the mixture, in order of their names."""
-        return sorted(self.mixture.datasets or self.datasets)
+        named = self.mixture.datasets or self.datasets
+        return sorted(name for name in named if name not in self.mixture.without)
+
+    def datasets_of_set(self, captions: str) -> list[str]:
+        """Return the datasets that a caption set is for, in order of their names.
+
+        They are those for which the mixture takes it; all, if it does not take it at all.
+        """
+        datasets = sorted(self.datasets)
+        taken = [name for name in datasets if captions in self.mixture.caption_sets(name)]
+        return taken or datasets
 
 
 def load_recipe(url: str, overrides: dict[str, Any] | None = None) -> Recipe:

@@ -150,7 +150,8 @@ def test_an_error_of_an_item_ends_its_bundle_and_leaves_nothing_running(
         if others:
             bundle.process(*others)
         bundle.finish_bundle()
-    assert set(threading.enumerate()) == threads
+    # Threads of others, such as a server's, may have ended meanwhile.
+    assert set(threading.enumerate()) <= threads
     assert Watched.running == 0
 
 

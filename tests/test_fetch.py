@@ -514,7 +514,8 @@ def test_calls_at_once_share_the_limits_and_no_errors() -> None:
 def test_nothing_is_left_of_a_call(server: Server) -> None:
     threads = set(threading.enumerate())
     _fetch(server.url("good/"), server.url("silent/"), attempts=1)
-    assert set(threading.enumerate()) == threads
+    # Threads of others, such as a server's, may have ended meanwhile.
+    assert set(threading.enumerate()) <= threads
 
 
 def test_it_runs_beside_another_event_loop(server: Server) -> None:

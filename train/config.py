@@ -2,17 +2,11 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from pipeline.config_file import load_toml
+from pipeline.config_file import Section, load_toml
 from train.encoders import ByteTextEncoder, LatentCodec, PixelCodec, TextEncoder
 from train.model import ModelConfig
-
-
-class Section(BaseModel):
-    """A table of the file: unknown keys are errors, values do not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class NetworkConfig(Section):

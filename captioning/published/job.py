@@ -176,8 +176,8 @@ def _find_subsets(
 ) -> dict[str, tuple[str, Subset]]:
     """Return the published captions of each dataset, and the name of their folder."""
     names = {
-        dataset: settings.subsets.get(dataset, spec.caption_subset)
-        for dataset, spec in sorted(recipe.datasets.items())
+        dataset: settings.subsets.get(dataset, recipe.datasets[dataset].caption_subset)
+        for dataset in recipe.datasets_of_set(captions)
     }
     found, obstacles = dict[str, tuple[str, Subset]](), list[str]()
     for dataset, name in names.items():
