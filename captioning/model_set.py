@@ -13,6 +13,7 @@ from captioning.from_model import VllmCaptioning, rule_of
 from captioning.wanted import wanted_by
 from pipeline import storage
 from pipeline.beam_job import RunnerOptions
+from pipeline.eligible import input_digests
 from pipeline.errors import EvenmixError
 from pipeline.exclusions import stored_exclusions
 from pipeline.receipts import fingerprint, read_receipt
@@ -73,7 +74,7 @@ def write(
     if settings.pictures == "selected":
         stored = stored_exclusions(recipe.root, mixture_of.exclusions)
         mixture_of = mixture_of.model_copy(update={"exclusions": stored})
-        wanted = wanted_by(mixture_of, settings.margin, captions)
+        wanted = wanted_by(mixture_of, settings.margin, captions, runner)
     stage = VllmCaptioning(
         recipe.root,
         captions,
@@ -113,9 +114,11 @@ def _note_url(root: str, captions: str, what: str) -> str:
 def _plan(stage: VllmCaptioning, mixture_of: Recipe) -> list[WorkItem]:
     """Return one item for each image shard of the datasets that are asked about."""
     root, parent = stage.root, stage.settings.parent
-    datasets = mixture_of.datasets_of_set(stage.captions)
-    if stage.wanted:
-        datasets = sorted(set(datasets) & set(mixture_of.mixture_datasets()))
+    datasets = (
+        sorted(stage.wanted.bounds)
+        if stage.wanted is not None
+        else mixture_of.datasets_of_set(stage.captions)
+    )
     items = []
     for dataset in datasets:
         families: dict[str, Mapping[str, str]] = {
@@ -129,20 +132,9 @@ def _plan(stage: VllmCaptioning, mixture_of: Recipe) -> list[WorkItem]:
             }
             items.append(WorkItem(dataset, shard, inputs))
         if stage.wanted is not None:
-            _refuse_undeduplicated(mixture_of, dataset, families["images"])
+            # It refuses a search for duplicates that does not know all shards.
+            input_digests(mixture_of, dataset, with_captions=False)
     return items
-
-
-def _refuse_undeduplicated(recipe: Recipe, dataset: str, shards: Mapping[str, str]) -> None:
-    """Raise an EvenmixError if the search for duplicates does not know all shards."""
-    folder = f"duplicates/{recipe.dedup.name}"
-    missing = sorted(shards.keys() - finished_shards(recipe.root, folder, dataset, "dedup").keys())
-    if missing:
-        raise EvenmixError(
-            f"{folder}/{dataset} lacks {len(missing)} shards, such as {missing[0]}, so which of "
-            "their pictures are duplicates is not known: give dedup.name another value and run "
-            "`evenmix dedup` again"
-        )
 
 
 def _parent_shards(stage: VllmCaptioning, parent: str, dataset: str) -> Mapping[str, str]:

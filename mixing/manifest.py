@@ -7,7 +7,14 @@ from fractions import Fraction
 from typing import Annotated, Literal
 
 import pyarrow as pa
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from pipeline import storage
 from pipeline.errors import EvenmixError
@@ -48,8 +55,8 @@ class Shard(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
-    num_samples: int
-    bytes: int
+    num_samples: Annotated[int, Field(ge=1)]
+    bytes: Annotated[int, Field(ge=1)]
     sha256: str
 
 
@@ -60,6 +67,13 @@ class Split(BaseModel):
 
     num_samples: int
     shards: list[Shard]
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> "Split":
+        total = sum(shard.num_samples for shard in self.shards)
+        if total != self.num_samples:
+            raise ValueError(f"num_samples is {self.num_samples}, its shards have {total}")
+        return self
 
 
 class MixtureDataset(BaseModel):

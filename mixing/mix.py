@@ -2,49 +2,82 @@
 
 import argparse
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+from mixing.corpus_check import check_corpus, check_recipe
+from mixing.gather import Gather, Regroup, Route, exchange_folder, route_of
 from mixing.manifest import Manifest, MixtureDataset, Shard, Split
-from mixing.select import Select
-from mixing.weights import dataset_weights
+from mixing.plan import print_plan
+from mixing.select import SHARD, Select, Selection, read_selection
+from mixing.weights import Weight, dataset_weights
 from mixing.write import Write
 from pipeline import storage
 from pipeline.beam_job import RunnerOptions
-from pipeline.command_options import add_stage_arguments, recipe_of, runner_of
+from pipeline.candidates import Candidates
+from pipeline.command_options import add_runner_arguments, recipe_of, runner_of
 from pipeline.errors import EvenmixError
 from pipeline.exclusions import stored_exclusions
 from pipeline.progress import console, reasons_text
 from pipeline.reasons import RejectReason
 from pipeline.receipts import Receipt
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, preset_recipe
 from pipeline.run import run_stage
-from pipeline.stage import committed_receipts
+from pipeline.stage import committed_receipts, make_plan
 from pipeline.summary import Summary
+
+Inputs = Mapping[str, Mapping[str, Any]]
+"""By dataset, what identifies all that its samples are made from."""
+
+_CONCURRENT_REMOVALS = 16
 
 
 def check(recipe: Recipe) -> None:
-    """Check that the mixture's weights can be kept exactly.
+    """Check what can be known of the mixture before there is a corpus.
 
     Raises:
-        EvenmixError: they cannot.
+        EvenmixError: with all that stands in the way.
     """
-    dataset_weights(recipe.mixture_datasets(), recipe.mixture.weights)
+    check_recipe(recipe)
 
 
 def run_recipe(recipe: Recipe, runner: RunnerOptions) -> None:
     """Cut a recipe's mixture from the corpus.
 
     Raises:
-        EvenmixError: a dataset has no pictures for it, or another mixture has its name.
+        EvenmixError: the corpus lacks what the recipe needs, a dataset has no pictures for the
+            mixture, or another mixture has its name.
     """
+    check_corpus(recipe)
     exclusions = stored_exclusions(recipe.root, recipe.exclusions)
     recipe = recipe.model_copy(update={"exclusions": exclusions})
+    selections, inputs = _select(recipe, runner)
+    weights = dataset_weights(recipe, {name: s.num_train for name, s in selections.items()})
+    _write(recipe, selections, inputs, runner)
+    publish_manifest(recipe, weights)
+    _remove_exchange(recipe)
+
+
+def _select(recipe: Recipe, runner: RunnerOptions) -> tuple[dict[str, Selection], Inputs]:
+    """Choose the pictures; the candidates among which they are chosen are needed only once."""
     select = Select(recipe)
-    selected = run_stage(select, select.plan(), runner)
+    items = select.plan()
+    if not make_plan(select, items).is_finished:
+        candidates = Candidates(recipe, with_captions=True)
+        run_stage(candidates, candidates.plan(), runner)
+    selected = run_stage(select, items, runner)
     refuse_empty(selected)
     tell_exhausted(recipe, selected)
-    write = Write(recipe)
-    run_stage(write, write.plan(), runner)
-    publish_manifest(recipe, write)
+    selections = {item.dataset: read_selection(recipe, item.dataset) for item in items}
+    _refuse_untrained(selections)
+    inputs = {
+        item.dataset: {
+            **item.inputs,
+            "selection": selected[item.dataset].items[SHARD]["fingerprint"],
+        }
+        for item in items
+    }
+    return selections, inputs
 
 
 def refuse_empty(summaries: Mapping[str, Summary]) -> None:
@@ -61,14 +94,23 @@ def refuse_empty(summaries: Mapping[str, Summary]) -> None:
         )
 
 
+def _refuse_untrained(selections: Mapping[str, Selection]) -> None:
+    held_out = [name for name, chosen in sorted(selections.items()) if chosen.num_train == 0]
+    if held_out:
+        raise EvenmixError(
+            f"all selected pictures are held out for validation in: {', '.join(held_out)}. Lower "
+            "mixture.validation_fraction, or name these datasets in mixture.without"
+        )
+
+
 def tell_exhausted(recipe: Recipe, summaries: Mapping[str, Summary]) -> None:
     """Say where more pictures might be had: all that have captions are taken, others never asked.
 
     The margin of a caption set that is made for a mixture was too small then.
     """
-    captions = recipe.mixture.captions
     for dataset, summary in sorted(summaries.items()):
         rejected = summary.counts.rejected
+        captions = ", ".join(recipe.mixture.caption_sets(dataset))
         if RejectReason.NOT_ASKED in rejected and RejectReason.NOT_SAMPLED not in rejected:
             console.print(
                 f"{dataset}: all pictures that captions/{captions} has captions of are taken; "
@@ -78,21 +120,58 @@ def tell_exhausted(recipe: Recipe, summaries: Mapping[str, Summary]) -> None:
             )
 
 
-def publish_manifest(recipe: Recipe, write: Write) -> None:
+def _write(
+    recipe: Recipe, selections: Mapping[str, Selection], inputs: Inputs, runner: RunnerOptions
+) -> None:
+    """Write the shards, to which samples are brought in files that are not needed afterwards."""
+    routes = {dataset: route_of(recipe, chosen) for dataset, chosen in selections.items()}
+    write = Write(recipe)
+    items = write.plan(inputs, routes)
+    try:
+        if not make_plan(write, items).is_finished:
+            _bring(recipe, routes, inputs, runner)
+        written = run_stage(write, items, runner)
+    except EvenmixError:
+        # Another build may have ended meanwhile, and removed what was brought.
+        if not make_plan(write, items).is_finished:
+            raise
+        written = run_stage(write, items, runner)
+    for dataset, chosen in selections.items():
+        num_samples = chosen.num_train + chosen.num_validation
+        if written[dataset].counts.records_out != num_samples:
+            raise AssertionError(f"{dataset}: {num_samples} selected, {written[dataset].counts}")
+
+
+def _bring(
+    recipe: Recipe, routes: Mapping[str, Route], inputs: Inputs, runner: RunnerOptions
+) -> None:
+    gather = Gather(recipe, routes)
+    run_stage(gather, gather.plan(inputs), runner)
+    regroup = Regroup(recipe, routes)
+    lots = regroup.plan(inputs)
+    if lots:
+        run_stage(regroup, lots, runner)
+
+
+def _remove_exchange(recipe: Recipe) -> None:
+    files = storage.list_files(storage.join(recipe.root, exchange_folder(recipe)))
+    with ThreadPoolExecutor(_CONCURRENT_REMOVALS) as pool:
+        for _ in pool.map(lambda file: storage.remove(file.url), files):
+            pass
+
+
+def publish_manifest(recipe: Recipe, weights: Mapping[str, Weight]) -> None:
     """Write ``mixture.json`` from the receipts of a mixture's shards."""
-    mixture = recipe.mixture
-    datasets = recipe.mixture_datasets()
-    weights = dataset_weights(datasets, mixture.weights)
+    mixture, write = recipe.mixture, Write(recipe)
     manifest = Manifest(
         name=mixture.name,
         resolution=mixture.resolution,
+        crop=mixture.crop,
         image_format=mixture.image_format,
         seed=recipe.seed,
-        caption_sets={str(mixture.captions): "1"},
         datasets=[
-            _manifest_dataset(name, str(weights[name]), recipe.datasets[name].licence, receipts)
-            for name in datasets
-            for receipts in [committed_receipts(write, name)]
+            _manifest_dataset(recipe, name, weights[name], committed_receipts(write, name))
+            for name in recipe.mixture_datasets()
         ],
     )
     folder = storage.join(recipe.root, write.folder)
@@ -110,31 +189,76 @@ def publish_manifest(recipe: Recipe, write: Write) -> None:
 
 
 def _manifest_dataset(
-    name: str, weight: str, licence: str, receipts: Mapping[str, Receipt]
+    recipe: Recipe, name: str, weight: Weight, receipts: Mapping[str, Receipt]
 ) -> MixtureDataset:
-    splits = {}
-    for split in ("train", "validation"):
-        shards = []
-        for shard, receipt in sorted(receipts.items()):
-            if shard.startswith(f"{split}-") and receipt.tar is not None:
-                shards.append(
-                    Shard(
-                        name=f"{name}/{shard}.tar",
-                        num_samples=receipt.counts.records_out,
-                        bytes=receipt.tar.num_bytes,
-                        sha256=receipt.tar.sha256,
-                    )
-                )
-        splits[split] = Split(num_samples=sum(s.num_samples for s in shards), shards=shards)
-    return MixtureDataset(name=name, weight=weight, licence=licence, **splits)
+    before = weight.before_rounding
+    shares = recipe.mixture.caption_sets(name)
+    return MixtureDataset(
+        name=name,
+        weight=str(weight.share),
+        weight_before_rounding=None if before is None else str(before),
+        licence=recipe.datasets[name].licence,
+        caption_sets={captions: str(share) for captions, share in shares.items()},
+        train=_manifest_split(name, "train", receipts),
+        validation=_manifest_split(name, "validation", receipts),
+    )
+
+
+def _manifest_split(dataset: str, split: str, receipts: Mapping[str, Receipt]) -> Split:
+    """Describe the shards of a split; those without samples have no tar."""
+    shards = [
+        Shard(
+            name=f"{dataset}/{shard}.tar",
+            num_samples=receipt.counts.records_out,
+            bytes=receipt.tar.num_bytes,
+            sha256=receipt.tar.sha256,
+        )
+        for shard, receipt in sorted(receipts.items())
+        if shard.startswith(f"{split}-") and receipt.tar is not None
+    ]
+    return Split(num_samples=sum(shard.num_samples for shard in shards), shards=shards)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `evenmix mix`."""
-    add_stage_arguments(parser)
+    parser.add_argument(
+        "recipe",
+        nargs="?",
+        help="the recipe (TOML), a path or any fsspec URL; --preset and --root go without one",
+    )
+    add_runner_arguments(parser)
+    parser.add_argument(
+        "--preset", metavar="NAME", help="one of i1's mixtures, of a corpus of the whole catalogue"
+    )
+    parser.add_argument(
+        "--plan", action="store_true", help="print what would be written, and write nothing of it"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Run `evenmix mix`."""
-    run_recipe(recipe_of(args), runner_of(args))
+    recipe, runner = _recipe_of(args), runner_of(args)
+    if args.plan:
+        print_plan(recipe, runner)
+    else:
+        run_recipe(recipe, runner)
     return 0
+
+
+def _recipe_of(args: argparse.Namespace) -> Recipe:
+    """Return the recipe that a command line names, or the one of a preset."""
+    if args.recipe is None:
+        if not (args.preset and args.root):
+            raise EvenmixError("name a recipe, or one of i1's mixtures with --preset NAME --root R")
+        return preset_recipe(args.preset, args.root)
+    if args.preset:
+        raise EvenmixError(
+            f"--preset {args.preset} is instead of a recipe; in {args.recipe}, write "
+            f'preset = "{args.preset}" below [mixture]'
+        )
+    if not args.recipe.endswith(".toml"):
+        raise EvenmixError(
+            f"{args.recipe} is no recipe, which is a .toml file; without one, write options of "
+            "Beam's as --name=value"
+        )
+    return recipe_of(args)

@@ -25,6 +25,7 @@ COMMANDS = {
     ),
     "captions": ("captioning.sets.command", "pipeline", "show and compare sets of captions"),
     "mix": ("mixing.mix", "pipeline", "cut a mixture and write its shards"),
+    "tfrecords": ("mixing.export", "pipeline", "write a mixture as the TFRecords that i1 reads"),
     "train": ("train.train_command", "train", "train on a mixture"),
     "sample": ("train.sample_command", "train", "draw pictures from a trained model"),
     "verify": ("pipeline.verify", "pipeline", "recount a corpus and check its files"),

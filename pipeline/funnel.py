@@ -1,5 +1,7 @@
 """The funnel of a build: what became of every record of every dataset, from source to mixture."""
 
+from collections.abc import Mapping
+
 from rich import box
 from rich.table import Table
 
@@ -23,17 +25,28 @@ def funnel_table(recipe: Recipe) -> Table:
     for dataset in sorted(recipe.datasets):
         ingested = _counts(recipe, IMAGES, dataset)
         deduplicated = _counts(recipe, f"duplicates/{recipe.dedup.name}", dataset)
-        captioned = _counts(recipe, f"captions/{recipe.mixture.captions}", dataset)
+        captioned = {
+            name: _counts(recipe, f"captions/{name}", dataset).records_out
+            for name in recipe.mixture.caption_sets(dataset)
+        }
         mixed = _counts(recipe, f"mixtures/{recipe.mixture.name}", dataset)
         table.add_row(
             dataset,
             f"{ingested.records_in:,}",
             reasons_text(ingested, "\n"),
             reasons_text(deduplicated, "\n"),
-            f"{captioned.records_out:,}",
+            _captioned_text(captioned),
             f"{mixed.records_out:,}",
         )
     return table
+
+
+def _captioned_text(captioned: Mapping[str, int]) -> str:
+    """Return how many pictures have a usable caption, by caption set if there are several."""
+    if len(captioned) == 1:
+        (number,) = captioned.values()
+        return f"{number:,}"
+    return "\n".join(f"{name} {number:,}" for name, number in captioned.items())
 
 
 def _counts(recipe: Recipe, folder: str, dataset: str) -> Counts:

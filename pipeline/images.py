@@ -32,6 +32,8 @@ from pipeline.reasons import PictureError, RejectReason
 Pixels = npt.NDArray[np.uint8]
 Resample = Literal["bilinear", "bicubic", "lanczos"]
 ImageFormat = Literal["png", "jpeg", "webp"]
+Box = tuple[int, int, int, int]
+"""Left, top, right and bottom, in pixels."""
 
 EXTENSIONS = {
     "jpeg": "jpg", "png": "png", "webp": "webp", "gif": "gif", "bmp": "bmp", "tiff": "tiff",
@@ -131,40 +133,74 @@ def read(data: bytes, limits: Limits) -> tuple[Header, Pixels]:
 
 def resize_and_crop_square(
     pixels: Pixels, resolution: int, resample: Resample = "bilinear"
-) -> tuple[Pixels, tuple[int, int, int, int]]:
+) -> tuple[Pixels, Box]:
     """Bring the shorter edge to ``resolution``, then cut out the centre square of that size.
 
     The rule of i1: bilinear for training samples; for its captioner bicubic and a resolution of
-    ``min(512, shorter edge)``. Both steps are one, so no part that is cut off is ever computed.
+    ``min(512, shorter edge)``. Returns what :func:`resize_and_crop` does.
+    """
+    return resize_and_crop(pixels, resolution, resolution, resample)
+
+
+def resize_and_crop(
+    pixels: Pixels, short_edge_px: int, max_long_edge_px: int, resample: Resample
+) -> tuple[Pixels, Box]:
+    """Bring the shorter edge to ``short_edge_px``, then cut the ends off a longer edge above that.
+
+    What stays is the middle, of :func:`cropped_size`. Both steps are one, so no part that is cut
+    off is ever computed.
 
     Returns:
-        The square, and the smallest box of whole pixels of the original (left, top, right,
-        bottom) that contains it.
+        The picture, and the part of the original that it shows (:func:`crop_box`).
     """
     height, width, _ = pixels.shape
-    resized_width, resized_height = _resized_size(pixels, resolution)
-    left = (resized_width - resolution) // 2
-    top = (resized_height - resolution) // 2
-    right, bottom = left + resolution, top + resolution
+    size = cropped_size(width, height, short_edge_px, max_long_edge_px)
+    resized_width, resized_height = resized_size(width, height, short_edge_px)
+    left, top, right, bottom = _middle(resized_width, resized_height, size)
     x_scale, y_scale = width / resized_width, height / resized_height
-    square = Image.fromarray(pixels).resize(
-        (resolution, resolution),
+    resized = Image.fromarray(pixels).resize(
+        size,
         Image.Resampling[resample.upper()],
         box=(left * x_scale, top * y_scale, right * x_scale, bottom * y_scale),
     )
-    crop = (
+    return np.asarray(resized), crop_box(width, height, short_edge_px, max_long_edge_px)
+
+
+def cropped_size(
+    width: int, height: int, short_edge_px: int, max_long_edge_px: int
+) -> tuple[int, int]:
+    """Return width and height of what :func:`resize_and_crop` makes of a picture of such size."""
+    resized_width, resized_height = resized_size(width, height, short_edge_px)
+    return min(resized_width, max_long_edge_px), min(resized_height, max_long_edge_px)
+
+
+def crop_box(width: int, height: int, short_edge_px: int, max_long_edge_px: int) -> Box:
+    """Return the smallest box of whole pixels with all that :func:`resize_and_crop` shows.
+
+    ``width`` and ``height`` are those of the original, and so is the box.
+    """
+    size = cropped_size(width, height, short_edge_px, max_long_edge_px)
+    resized_width, resized_height = resized_size(width, height, short_edge_px)
+    left, top, right, bottom = _middle(resized_width, resized_height, size)
+    return (
         left * width // resized_width,
         top * height // resized_height,
         -(-right * width // resized_width),  # rounded up
         -(-bottom * height // resized_height),
     )
-    return np.asarray(square), crop
 
 
 def resize_short_edge(pixels: Pixels, short_edge_px: int, resample: Resample) -> Pixels:
-    """Bring the shorter edge to ``short_edge_px`` and keep the aspect, to the pixel below."""
-    size = _resized_size(pixels, short_edge_px)
+    """Bring the shorter edge to ``short_edge_px`` and keep the aspect (:func:`resized_size`)."""
+    height, width, _ = pixels.shape
+    size = resized_size(width, height, short_edge_px)
     return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling[resample.upper()]))
+
+
+def resized_size(width: int, height: int, short_edge_px: int) -> tuple[int, int]:
+    """Return width and height at a shorter edge of ``short_edge_px``, to the pixel below."""
+    shorter = min(width, height)
+    return width * short_edge_px // shorter, height * short_edge_px // shorter
 
 
 def encode(pixels: Pixels, image_format: ImageFormat) -> bytes:
@@ -337,7 +373,7 @@ def _to_rgb(image: Image.Image) -> Pixels:
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def _resized_size(pixels: Pixels, target_px: int) -> tuple[int, int]:
-    height, width, _ = pixels.shape
-    shorter = min(height, width)
-    return width * target_px // shorter, height * target_px // shorter
+def _middle(width: int, height: int, size: tuple[int, int]) -> Box:
+    """Return the box of ``size`` (width, height) in the middle of a picture."""
+    left, top = (width - size[0]) // 2, (height - size[1]) // 2
+    return left, top, left + size[0], top + size[1]

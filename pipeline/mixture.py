@@ -4,7 +4,7 @@ import re
 from fractions import Fraction
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, FiniteFloat, model_validator
+from pydantic import AfterValidator, Discriminator, Field, FiniteFloat, Tag, model_validator
 
 from pipeline.config_file import Name, Section
 from pipeline.images import ImageFormat, Resample
@@ -59,9 +59,16 @@ def _weighting(text: str) -> str:
     return text
 
 
+def _kind(value: object) -> str:
+    """Tell which of the two it is, so that an error speaks of that alone."""
+    return "shares" if isinstance(value, dict) else "name"
+
+
 Weighting = Annotated[str, AfterValidator(_weighting)]
 Share = Annotated[FiniteFloat, Field(gt=0)]
-CaptionSets = Name | Annotated[dict[Name, Share], Field(min_length=1)]
+Shares = Annotated[dict[Name, Share], Field(min_length=1), Tag("shares")]
+Weights = Annotated[Annotated[Weighting, Tag("name")] | Shares, Discriminator(_kind)]
+CaptionSets = Annotated[Annotated[Name, Tag("name")] | Shares, Discriminator(_kind)]
 
 
 class Mixture(Section):
@@ -93,7 +100,7 @@ class Mixture(Section):
     outcomes: Annotated[list[Outcome], Field(min_length=1)] = ["ok", "truncated"]
     datasets: list[Name] | None = None
     without: list[Name] = []
-    weights: Weighting | dict[Name, Share] = "equal"
+    weights: Weights = "equal"
     images_per_dataset: Annotated[int, Field(ge=1)] | None = None
     min_short_edge_px: Annotated[int, Field(ge=1)] | None = None
     filters: list[Filter] = []

@@ -59,6 +59,7 @@ def publish_item(stage: Stage, item: WorkItem) -> None:
         digest=table_digest(output.table),
         tar=None if output.tar is None else checksum([output.tar]),
         rejected=None if rejected is None else checksum([rejected]),
+        files={name: checksum([data]) for name, data in output.files.items()},
     )
     metadata = {METADATA_KEY: receipt.to_json()}
     if not storage.publish(url, storage.parquet_bytes(output.table, metadata)):
@@ -87,6 +88,9 @@ def _publish_repeatable(output: Output, stem: str) -> bytes | None:
         _publish_beside_commit(f"{stem}.tar", output.tar, f"{stem}.parquet")
     if rejected is not None:
         _publish_beside_commit(f"{stem}{REJECTED_SUFFIX}", rejected, f"{stem}.parquet")
+    for name, data in output.files.items():
+        url = storage.join(stem.rpartition("/")[0], name)
+        _publish_beside_commit(url, data, f"{stem}.parquet")
     return rejected
 
 

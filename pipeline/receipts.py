@@ -95,7 +95,7 @@ class Receipt:
     ``identity`` is everything that decides the item's content (stage, version of its logic,
     configuration, identities of the inputs); ``digest`` is the sha256 of the table's rows, by
     which later stages identify this item as their input. ``tar`` and ``rejected`` are the files
-    that were published beside the table, where there are any.
+    that were published beside the table, where there are any, and ``files`` further ones by name.
     """
 
     identity: dict[str, Any]
@@ -103,6 +103,7 @@ class Receipt:
     digest: str
     tar: Checksum | None = None
     rejected: Checksum | None = None
+    files: dict[str, Checksum] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
@@ -120,6 +121,9 @@ class Receipt:
         fields["counts"] = Counts(**fields["counts"])
         for name in ("tar", "rejected"):
             fields[name] = fields[name] and Checksum(**fields[name])
+        # Receipts of earlier versions say nothing of such files: there were none.
+        files = fields.get("files", {})
+        fields["files"] = {name: Checksum(**file) for name, file in files.items()}
         return cls(**fields)
 
 

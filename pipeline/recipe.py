@@ -14,7 +14,7 @@ from pydantic import (
 )
 
 from pipeline.catalog import CATALOG
-from pipeline.config_file import Name, Section, load_toml
+from pipeline.config_file import Name, Section, configure, load_toml
 from pipeline.dataset import (
     Dataset,
     Duplicates,
@@ -23,8 +23,9 @@ from pipeline.dataset import (
     Threshold,
     without_secrets,
 )
-from pipeline.errors import did_you_mean
+from pipeline.errors import EvenmixError, did_you_mean
 from pipeline.mixture import Mixture
+from pipeline.presets import complete, find_preset
 
 DEFAULT_CAPTIONER = "Qwen/Qwen3-VL-30B-A3B-Instruct-FP8"
 PUBLISHED_CAPTIONS = "hf://datasets/zlab-princeton/i1-captions"
@@ -302,6 +303,11 @@ class Recipe(Corpus):
     captions: dict[Name, Captions]
     mixture: Mixture
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_its_preset(cls, document: Any) -> Any:
+        return complete(document) if isinstance(document, dict) else document
+
     @model_validator(mode="after")
     def _names_agree(self) -> "Recipe":
         mistakes = []
@@ -405,3 +411,17 @@ def load_recipe(url: str, overrides: dict[str, Any] | None = None) -> Recipe:
         EvenmixError: the recipe is missing or wrong; the text lists all mistakes.
     """
     return load_toml(url, Recipe, overrides or {})
+
+
+def preset_recipe(name: str, root: str) -> Recipe:
+    """Return the recipe of one of i1's mixtures (:mod:`pipeline.presets`), cut from a corpus.
+
+    Raises:
+        EvenmixError: there is no such mixture, or the root is no URL of a folder.
+    """
+    try:
+        find_preset(name)
+    except ValueError as error:
+        raise EvenmixError(f"--preset: {error}") from error
+    document = {"root": root, "mixture": {"preset": name}}
+    return configure("the command line", document, Recipe, {})

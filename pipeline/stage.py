@@ -57,14 +57,17 @@ class WorkItem:
 class Output:
     """What an item publishes: its table, and where it has them its tar and rejected records.
 
+    ``files`` are further ones whose names somebody else has laid down; no two items have the same.
+
     ``observed`` is there if another attempt at the item would give other bytes, as a download
-    does; such an item has a tar and a table of rejected records.
+    does; such an item has a tar and a table of rejected records, and nothing else.
     """
 
     table: pa.Table
     counts: Counts
     tar: bytes | None = None
     rejected: pa.Table | None = None
+    files: Mapping[str, bytes] = field(default_factory=dict)
     observed: "Observed | None" = None
 
 

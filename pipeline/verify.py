@@ -33,6 +33,8 @@ from pipeline.stage import OBSERVED_SUFFIX, REJECTED_SUFFIX
 from pipeline.summary import SUMMARY, Summary, previous_generation, summarise
 
 MANIFEST = "mixture.json"
+TFRECORDS = "tfrecords/"
+TFDS_METADATA = ("features.json", "dataset_info.json")
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,11 @@ class Audit:
         if self.receipt is None or self.receipt.rejected:
             yield REJECTED_SUFFIX
         yield OBSERVED_SUFFIX
+
+    def named_files(self) -> Iterator[str]:
+        """Yield the names of the shard's files whose names do not follow from its own."""
+        if self.receipt is not None:
+            yield from self.receipt.files
 
 
 def verify(root: str, deep: bool) -> tuple[dict[str, Counts], list[str]]:
@@ -90,6 +97,12 @@ def verify(root: str, deep: bool) -> tuple[dict[str, Counts], list[str]]:
                 for shard, audit in audits.items()
                 for suffix in audit.suffixes()
             }
+            explained |= {
+                f"{folder}/{name}" for audit in audits.values() for name in audit.named_files()
+            }
+            if folder.startswith(TFRECORDS):
+                explained |= {f"{folder}/{name}" for name in TFDS_METADATA}
+                findings += _check_dataset_info(url, audits)
     mixtures = {folder.rpartition("/")[0] for folder in folders if folder.startswith("mixtures/")}
     for mixture in sorted(mixtures):
         explained.add(f"{mixture}/{MANIFEST}")
@@ -135,6 +148,11 @@ def _audit_shard(folder: str, deep: bool, shard: str) -> Audit:
     if table_digest(table) != receipt.digest:
         findings.append(f"{url}: its rows are not those that were published")
     counts = receipt.counts
+    for name, expected in receipt.files.items():
+        try:
+            _read_published(folder, name, expected, findings)
+        except EvenmixError as error:
+            findings.append(str(error))
     if receipt.tar is not None:
         try:
             tar, tar_url = _read_published(folder, f"{shard}.tar", receipt.tar, findings)
@@ -187,6 +205,32 @@ def _check_manifest(url: str) -> Iterator[str]:
                 yield f"{url}: {shard['name']} has {receipt.counts.records_out} samples"
     except (EvenmixError, ValueError, KeyError, TypeError) as error:
         yield f"{url}: {error}"
+
+
+def _check_dataset_info(folder: str, audits: Mapping[str, Audit]) -> Iterator[str]:
+    """Compare what TFDS's metadata say of a folder's TFRecord files with their receipts."""
+    url = storage.join(folder, TFDS_METADATA[-1])
+    published = {
+        name: audit.receipt.counts.records_out
+        for audit in audits.values()
+        if audit.receipt
+        for name in audit.receipt.files
+    }
+    try:
+        lengths = {
+            split["name"]: split["shardLengths"]
+            for split in json.loads(storage.read_bytes(url))["splits"]
+        }
+        described = {
+            f"dataset-{split}.tfrecord-{number:05d}-of-{len(of_split):05d}": int(length)
+            for split, of_split in lengths.items()
+            for number, length in enumerate(of_split)
+        }
+    except (EvenmixError, ValueError, KeyError, TypeError) as error:
+        yield f"{url}: {error}"
+    else:
+        if described != published:
+            yield f"{url}: does not describe the files that were published"
 
 
 def _read_published(

@@ -539,6 +539,27 @@ def test_a_very_long_picture_is_squared_in_bounded_memory() -> None:
     assert box == (999_999, 0, 1_000_001, 1)
 
 
+@pytest.mark.parametrize(("height", "width"), [(60, 90), (300, 20), (41, 160), (1, 2_000_000)])
+def test_only_what_is_beyond_the_longer_edge_is_cropped(height: int, width: int) -> None:
+    pixels = pictures.smooth(height, width)
+    resized, box = images.resize_and_crop(pixels, 16, 64, "lanczos")
+    size = images.cropped_size(width, height, 16, 64)
+    assert resized.shape == (size[1], size[0], 3)
+    assert min(size) == 16
+    assert box == images.crop_box(width, height, 16, 64)
+    if max(size) < 64:
+        assert box == (0, 0, width, height)
+        assert_equal(resized, images.resize_short_edge(pixels, 16, "lanczos"))
+    else:
+        # The middle, four times as long as it is wide.
+        left, top, right, bottom = box
+        edges = sorted((right - left, bottom - top))
+        assert edges[0] == min(height, width)
+        assert 4 * edges[0] <= edges[1] <= 4 * edges[0] + 2
+        assert abs(left - (width - right)) <= 1
+        assert abs(top - (height - bottom)) <= 1
+
+
 def test_resampling_is_antialiased() -> None:
     stripes = grey(*([[0, 255] * 32] * 64))
     for resample in ("bilinear", "bicubic"):

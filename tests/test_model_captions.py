@@ -32,6 +32,7 @@ from captioning.slices import SLICE_CAPTIONS
 from mixing.select import Select
 from pipeline import ingest, storage
 from pipeline.beam_job import RunnerOptions
+from pipeline.candidates import Candidates
 from pipeline.errors import EvenmixError
 from pipeline.receipts import Counts
 from pipeline.recipe import Recipe, SourceCaptions, VllmCaptions
@@ -363,8 +364,8 @@ def test_only_what_a_mixture_may_select_is_asked_for(document: dict[str, Any]) -
             "captions": {"vlm": {"engine": "source"}},
         }
     )
-    (item,) = Select(recipe).plan()
-    counts = Select(recipe).process(item).counts
+    for stage in (Candidates(recipe, with_captions=True), Select(recipe)):
+        counts = run_here(stage, stage.plan())["shapes"].counts
     assert counts.records_out == 10
     assert counts.rejected == {"exact_copy": SHARDS, "not_asked": 18, "not_sampled": 2}
 

@@ -1,6 +1,8 @@
 """Receipts survive their footer, recognise equal work, and say what differs."""
 
 import hashlib
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,15 @@ def test_receipt_survives_a_parquet_footer(tmp_path: Path, tar: Checksum | None)
     table = pa.table({"key": ["a"]})
     storage.publish(url, storage.parquet_bytes(table, {METADATA_KEY: receipt.to_json()}))
     assert read_receipt(url) == receipt
+
+
+def test_a_receipt_from_before_there_were_further_files_is_read() -> None:
+    receipt = Receipt({"stage": "s"}, Counts(1, 1), "d")
+    fields = json.loads(receipt.to_json())
+    assert fields.pop("files") == {}
+    assert Receipt.from_json(json.dumps(fields)) == receipt
+    named = replace(receipt, files={"a.b": Checksum(1, "aa", "bb")})
+    assert Receipt.from_json(named.to_json()) == named
 
 
 def test_a_file_without_a_receipt_is_refused(tmp_path: Path) -> None:

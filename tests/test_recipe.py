@@ -1,5 +1,6 @@
 """A recipe is right as a whole or is refused with every mistake and the way out."""
 
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,29 @@ def test_the_engine_decides_what_a_caption_set_may_say(tmp_path: Path) -> None:
     assert recipe.captions["model"] == VllmCaptions(engine="vllm", max_tokens=9)
 
 
+def test_caption_sets_have_exact_shares_by_dataset(tmp_path: Path) -> None:
+    text = GOOD.replace(
+        'captions = "own"', 'captions = {own = 0.3, short = 0.1}\ncaptions_of = {dogs = "short"}'
+    )
+    recipe = load(tmp_path, text + '[captions.short]\nengine = "source"\n')
+    mixture = recipe.mixture
+    assert mixture.caption_sets("cats") == {"own": Fraction(3, 4), "short": Fraction(1, 4)}
+    assert mixture.caption_sets("dogs") == {"short": Fraction(1)}
+    assert mixture.all_caption_sets(["dogs"]) == ["short"]
+    assert recipe.datasets_of_set("own") == ["cats"]
+    assert recipe.datasets_of_set("short") == ["cats", "dogs"]
+
+
+def test_a_filter_says_what_it_asks_for_and_where(tmp_path: Path) -> None:
+    text = GOOD + (
+        "[[mixture.filters]]\ncolumn = 'quality.score'\nat_least = 0.5\nat_most = 2\n"
+        "[[mixture.filters]]\ncolumn = 'licence'\none_of = ['CC0 1.0', 'MIT']\n"
+    )
+    score, licence = load(tmp_path, text).mixture.filters
+    assert (str(score), score.table) == ("quality.score >= 0.5 and <= 2", "quality")
+    assert (str(licence), licence.table) == ("licence in CC0 1.0, MIT", None)
+
+
 def test_open_clip_wants_thresholds_of_its_own(tmp_path: Path) -> None:
     text = GOOD + '[dedup]\nmodel = "open_clip"\nopen_clip_model = "ViT-B-32"\n'
     _, line = mistakes(tmp_path, text)
@@ -112,7 +136,11 @@ def test_all_mistakes_come_at_once_with_a_suggestion_for_each_unknown_key(tmp_pa
         ('captions = "own"', 'captions = "their"', "mixture.captions names 'their'"),
         ("templates.cats", "templates.cows", "captions.own.templates names 'cows', no dataset"),
         ("{text}", "text", "captions.own.templates.cats has no {text}"),
-        ('captions = "own"', 'captions = "own"\ndatasets = ["cows"]', "names 'cows', which is not"),
+        (
+            'captions = "own"',
+            'captions = "own"\ndatasets = ["cows"]',
+            "names 'cows', not among datasets",
+        ),
         (
             'captions = "own"',
             'captions = "own"\nweights = {cats = 1}',
@@ -121,12 +149,52 @@ def test_all_mistakes_come_at_once_with_a_suggestion_for_each_unknown_key(tmp_pa
         (
             'captions = "own"',
             'captions = "own"\nweights = {cats = 0, dogs = 1}',
-            "mixture.weights must be above zero",
+            "mixture.weights.shares.cats: Input should be greater than 0",
         ),
         (
             'captions = "own"',
             'captions = "own"\nweights = {cats = inf, dogs = 1}',
-            "Input should be a finite number",
+            "mixture.weights.shares.cats: Input should be a finite number",
+        ),
+        (
+            'captions = "own"',
+            'captions = "own"\nweights = "cap:0"',
+            "mixture.weights.name: 'cap:0' is none of 'equal', 'size', 'cap:1_000_000' or a table",
+        ),
+        (
+            'captions = "own"',
+            "captions = {}",
+            "mixture.captions.shares: Dictionary should have at least 1 item",
+        ),
+        (
+            'captions = "own"',
+            "captions = {own = 2, their = 1}",
+            "mixture.captions names 'their', but the caption sets are own",
+        ),
+        (
+            'captions = "own"',
+            'captions = "own"\ncaptions_of = {cow = "own"}',
+            "mixture.captions_of names 'cow', not among datasets",
+        ),
+        (
+            'captions = "own"',
+            'captions = "own"\nwithout = ["cat"]',
+            "mixture.without names 'cat', not among datasets; did you mean 'cats'?",
+        ),
+        (
+            'captions = "own"',
+            'captions = "own"\nwithout = ["cats", "dogs"]',
+            "mixture.without leaves no dataset",
+        ),
+        (
+            'captions = "own"',
+            'captions = "own"\n[[mixture.filters]]\ncolumn = "width"',
+            "mixture.filters.0: needs at_least, at_most or one_of",
+        ),
+        (
+            'captions = "own"',
+            'captions = "own"\n[[mixture.filters]]\ncolumn = "w"\nat_least = 1\ndatasets = ["x"]',
+            "mixture.filters names 'x', not among datasets",
         ),
         (
             'captions = "own"',

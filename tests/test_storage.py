@@ -187,6 +187,20 @@ def test_parquet_of_equal_rows_has_equal_bytes_however_they_are_chunked() -> Non
     assert storage.parquet_bytes(whole, {}) == storage.parquet_bytes(chunked, {})
 
 
+def test_read_parquet_reads_single_fields_of_nested_columns(tmp_path: Path) -> None:
+    url = str(tmp_path / "t.parquet")
+    rows = [{"key": "a", "captions": [{"text": "t", "outcome": "ok"}]}, {"key": "b"}]
+    table = pa.Table.from_pylist(rows)
+    storage.publish(url, storage.parquet_bytes(table, {}))
+    found = storage.read_parquet(url, ["key", "captions.list.element.outcome"])
+    assert found.to_pylist() == [
+        {"key": "a", "captions": [{"outcome": "ok"}]},
+        {"key": "b", "captions": None},
+    ]
+    with pytest.raises(EvenmixError, match=r"no column captions\.list\.element\.model; it has key"):
+        storage.read_parquet(url, ["captions.list.element.model"])
+
+
 def test_read_parquet_names_the_missing_column(folder: str) -> None:
     url = storage.join(folder, "table.parquet")
     storage.publish(url, storage.parquet_bytes(pa.table({"key": ["a"]}), {}))
