@@ -48,18 +48,20 @@ def write_mixture(
             {
                 "name": name,
                 "weight": (weights or {}).get(name, str(Fraction(1, len(train)))),
+                "weight_before_rounding": None,
                 "licence": "CC0 1.0",
+                "caption_sets": {"source": "1"},
                 "train": _write_split(folder, name, "train", members, samples_per_shard),
                 "validation": _write_split(folder, name, "validation", held_out, samples_per_shard),
             }
         )
     manifest = {
-        "version": 1,
+        "version": 2,
         "name": folder.name,
         "resolution": resolution,
+        "crop": "square",
         "image_format": "png",
         "seed": 0,
-        "caption_sets": {"source": "1"},
         "datasets": datasets,
     }
     (folder / "mixture.json").write_text(json.dumps(manifest))

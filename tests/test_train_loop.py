@@ -131,7 +131,7 @@ def test_the_caption_margin_shows_that_captions_are_used(mixture: str, tmp_path:
         assert metadata["prompt"] == f"plain {colour}"
         assert (metadata["guidance"], metadata["steps"], metadata["seed"]) == ("4.0", "20", "0")
         assert np.argmax(mean) == np.argmax(COLOURS[colour])
-        np.testing.assert_allclose(mean, COLOURS[colour], atol=50)
+        np.testing.assert_allclose(mean, COLOURS[colour], atol=75)
     assert (output / "grid.png").exists()
 
 
@@ -241,16 +241,17 @@ def test_a_signal_writes_a_checkpoint_and_ends(
     mixture: str, tmp_path: Path, number: signal.Signals
 ) -> None:
     config = configuration(mixture, tmp_path / "run", steps=1_000_000)
+    settings = config.model_dump(exclude_none=True)
     path = tmp_path / "train.toml"
     path.write_text(
         "\n".join(
             f"{name} = {json.dumps(value)}"
-            for name, value in config.model_dump().items()
+            for name, value in settings.items()
             if not isinstance(value, dict)
         )
         + "".join(
             f"\n[{name}]\n" + "\n".join(f"{key} = {json.dumps(entry)}" for key, entry in v.items())
-            for name, v in config.model_dump().items()
+            for name, v in settings.items()
             if isinstance(v, dict)
         )
     )

@@ -1,239 +1,259 @@
 """The mixture as batches: a batch is a pure function of (manifest, seed, step).
 
 So the loader has no state to save, any step can be asked for, and preparing batches ahead is
-nothing but calling the function early, in threads. Shards are plain tars; a run of neighbouring
-samples is fetched by one range read, located by the shard's offset index.
+nothing but calling the function early, in threads. With P processes each asks for its own rows of
+the batch, and all rows together are the batch that one process would have.
+
+Requests. Steps are read in blocks of K: so many that the samples of a block have about BLOCK_BYTES,
+at most MAX_BLOCK_STEPS. In K_j of these steps (K, or fewer if an epoch of dataset j has no more) a
+process has one stretch of neighbouring positions of the dataset (:meth:`Schedule.deal`), and reads
+it in runs of up to SAMPLES_PER_RUN samples, a request each, that end early only where the stretch
+or a shard ends. With B samples a batch, and s shards passed a batch (B times the sum of weight *
+shards / samples over the datasets), the requests a batch come to at most
+
+    B / 64 + 2 P sum(1 / K_j) + 3 s
+
+over all processes: B / 64 + 2 s runs, as a shard begins and ends with a shorter one; P sum(1 / K_j)
+stretches that begin within a run; and as many reads of offset indexes as there are pairs of a
+stretch and a shard, P sum(1 / K_j) + s. A broken sample costs one more for each that is tried in
+its place. All processes together read a byte of the shards at most once an epoch of its dataset;
+each reads the index of a shard. (A run that is resumed reads its first block from the beginning.)
+
+Memory: three blocks at most, the one in use, the one before and the one after, which is read ahead:
+3 * max(BLOCK_BYTES, one batch) / P. To these come the pictures of the batches that are prepared,
+and some megabytes of offset indexes.
 """
 
-import hashlib
-import io
-import json
+import threading
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
-from PIL import Image
 
-from mixing.manifest import OFFSETS, Manifest, Split
+from mixing.manifest import Manifest, MixtureDataset
 from pipeline import storage
 from pipeline.errors import EvenmixError
-from train.schedule import SAMPLES_PER_READ, Schedule, sample_order, shard_order
+from train.reader import BrokenSample, SampleReader, Stretch
+from train.schedule import EpochOrder, Schedule
 
 T = TypeVar("T")
 
+BLOCK_BYTES = 256 << 20
+MAX_BLOCK_STEPS = 64
+WATCHED_SAMPLES = 10_000
+"""A process stops when more than 1 % of its last so many samples had to be replaced."""
 
-class BrokenSample(Exception):
-    """A member of a shard that cannot be used; another sample takes its place."""
+_MAX_TRIES = 100  # to find a whole sample in the place of a broken one
 
 
 @dataclass(frozen=True)
 class Sample:
     """One picture (R, R, 3) uint8 with the caption drawn for it."""
 
-    key: str
     picture: np.ndarray
     caption: str
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A global batch: pictures (B, R, R, 3) uint8, B captions, and how many were replaced."""
+    """A process's rows of a batch, n = B / P of them.
+
+    Pictures (n, R, R, 3) uint8, n captions, and how many samples stand in for broken ones.
+    """
 
     pictures: np.ndarray
     captions: list[str]
     num_replaced: int
 
 
-def hash_text(text: str) -> int:
-    """Hash a text to 56 bits, the same everywhere and always."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
+@dataclass(frozen=True)
+class _Block:
+    """The draws of a process in a block of steps: arrays (rows, steps), and what is read for them.
 
-
-def draw_caption(
-    captions: list[dict[str, Any]], set_weights: dict[str, Fraction], draw: int
-) -> str:
-    """Choose one of a sample's captions: a caption set by weight, then a caption of that set.
-
-    ``draw`` is a 56-bit hash. Sets that the sample lacks leave their share to the others.
-    """
-    by_set: dict[str, list[str]] = {}
-    for caption in captions:
-        if set_weights.get(caption["caption_set"]):
-            by_set.setdefault(caption["caption_set"], []).append(caption["text"])
-    if not by_set:
-        raise BrokenSample("no caption of the mixture's caption sets")
-    names = sorted(by_set)
-    point = Fraction(draw, 1 << 56) * sum(set_weights[name] for name in names)
-    for name in names:
-        if point < set_weights[name]:
-            break
-        point -= set_weights[name]
-    texts = by_set[name]
-    return texts[int(point / set_weights[name] * len(texts))]
-
-
-class SplitReader:
-    """Random access to the samples of one split of one dataset.
-
-    A few runs of samples are kept in memory, because draws that follow each other mostly fall into
-    the same run.
+    ``sample`` is the place in the shard, ``stretch`` the place in ``stretches``.
     """
 
-    def __init__(self, mixture_url: str, manifest: Manifest, split: Split, cached_runs: int):
-        self.shards = split.shards
-        self._num_samples = sum(shard.num_samples for shard in split.shards)
-        self._mixture_url = mixture_url
-        self._resolution = manifest.resolution
-        self._set_weights = {name: Fraction(w) for name, w in manifest.caption_sets.items()}
-        self._index = lru_cache(maxsize=16)(self._read_index)
-        self._run = lru_cache(maxsize=cached_runs)(self._read_run)
-
-    def __len__(self) -> int:
-        return self._num_samples
-
-    def shard_url(self, shard: int) -> str:
-        """Return the URL of a shard's tar."""
-        return storage.join(self._mixture_url, self.shards[shard].name)
-
-    def read(self, shard: int, sample: int, seed: str) -> Sample:
-        """Read a sample; ``seed`` and its key decide which of its captions is drawn.
-
-        Raises:
-            BrokenSample: the picture or its JSON cannot be decoded.
-            EvenmixError: the shard is missing or damaged, or its pictures have the wrong size.
-        """
-        index = self._index(shard)
-        start, run = self._run(shard, sample // SAMPLES_PER_READ)
-        key = str(index["key"][sample])
-
-        def member(kind: str) -> bytes:
-            offset = index[f"{kind}_offset"][sample] - start
-            return run[offset : offset + index[f"{kind}_bytes"][sample]]
-
-        picture = self._decode(member("image"), f"{self.shard_url(shard)}, sample {key}")
-        try:
-            captions = json.loads(member("json"))["captions"]
-            caption = draw_caption(captions, self._set_weights, hash_text(f"{seed}/{key}"))
-        except (ValueError, KeyError, TypeError) as error:
-            raise BrokenSample(f"its JSON cannot be used: {error}") from error
-        return Sample(key, picture, caption)
-
-    def _decode(self, data: bytes, name: str) -> np.ndarray:
-        expected = (self._resolution, self._resolution)
-        try:
-            with Image.open(io.BytesIO(data)) as picture:
-                if picture.size != expected:
-                    raise EvenmixError(
-                        f"{name}: a picture of {picture.width} x {picture.height} pixels, where "
-                        f"the trainer needs {expected[0]} x {expected[1]}. Mix square samples of "
-                        "one resolution for this model."
-                    )
-                return np.asarray(picture.convert("RGB"))
-        # Pillow raises SyntaxError for broken PNG chunks.
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise BrokenSample(f"its picture cannot be decoded: {error}") from error
-
-    def _read_index(self, shard: int) -> dict[str, np.ndarray]:
-        url = self.shard_url(shard).removesuffix(".tar") + ".parquet"
-        table = storage.read_parquet(url, OFFSETS.names)
-        if len(table) != self.shards[shard].num_samples:
-            raise EvenmixError(
-                f"{url} lists {len(table)} samples, the manifest {self.shards[shard].num_samples}. "
-                "The mixture is damaged; `evenmix verify` tells more."
-            )
-        return {name: table[name].to_numpy() for name in OFFSETS.names}
-
-    def _read_run(self, shard: int, run: int) -> tuple[int, bytes]:
-        """Fetch a run of neighbouring samples: the offset of its first byte, and its bytes."""
-        index = self._index(shard)
-        members = slice(run * SAMPLES_PER_READ, (run + 1) * SAMPLES_PER_READ)
-        starts = [index[f"{kind}_offset"][members] for kind in ("image", "json")]
-        sizes = [index[f"{kind}_bytes"][members] for kind in ("image", "json")]
-        start = int(np.min(starts))
-        end = int(np.max(np.add(starts, sizes)))
-        return start, storage.read_bytes(self.shard_url(shard), start, end - start)
+    dataset: np.ndarray
+    epoch: np.ndarray
+    shard: np.ndarray
+    sample: np.ndarray
+    stretch: np.ndarray
+    stretches: list[Future[Stretch]]
 
 
 class TrainingData:
-    """The training split of a mixture, batch by batch."""
+    """The training split of a mixture, batch by batch; threads may ask for different steps.
 
-    def __init__(self, mixture_url: str, manifest: Manifest, seed: int, batch_size: int):
-        self._seed = seed
-        self._batch_size = batch_size
-        self._names = [dataset.name for dataset in manifest.datasets]
+    Raises:
+        EvenmixError: the mixture cannot be trained from, or the batch not be divided.
+    """
+
+    def __init__(
+        self,
+        mixture_url: str,
+        manifest: Manifest,
+        seed: int,
+        batch_size: int,
+        *,
+        process_index: int = 0,
+        num_processes: int = 1,
+    ):
+        if batch_size % num_processes:
+            raise EvenmixError(
+                f"a batch of {batch_size} samples cannot be divided evenly among {num_processes} "
+                "processes; change `batch_size`"
+            )
+        for dataset in manifest.datasets:
+            if Fraction(dataset.weight) and not dataset.train.num_samples:
+                raise EvenmixError(
+                    f"{mixture_url}/mixture.json: dataset {dataset.name} has a weight but no "
+                    "samples; mix without it"
+                )
         try:
             self._schedule = Schedule.of([Fraction(d.weight) for d in manifest.datasets])
         except ValueError as error:
             raise EvenmixError(
                 f"{mixture_url}/mixture.json: {error}; mix again with rounder weights"
             ) from error
-        # A batch reads each run of a dataset in one go; neighbouring batches share one.
-        cached_runs = 4 + batch_size // SAMPLES_PER_READ
-        self._readers = [
-            SplitReader(mixture_url, manifest, dataset.train, cached_runs)
+        self._seed = seed
+        self._batch_size = batch_size
+        self._num_rows = batch_size // num_processes
+        self._first_row = process_index * self._num_rows
+        self._resolution = manifest.resolution
+        self._block_steps = block_steps(manifest, batch_size)
+        self._spans = [
+            min(max(1, int(_epoch_steps(dataset, batch_size))), self._block_steps)
             for dataset in manifest.datasets
         ]
-        self._shard_orders = lru_cache(maxsize=4 * len(self._names))(self._shard_order)
-        self._sample_orders = lru_cache(maxsize=4 * len(self._names))(self._sample_order)
+        sizes = [[shard.num_samples for shard in d.train.shards] for d in manifest.datasets]
+        self._orders = [
+            EpochOrder(f"{seed}/{dataset.name}", of_dataset)
+            for dataset, of_dataset in zip(manifest.datasets, sizes, strict=True)
+        ]
+        self._reader = SampleReader(mixture_url, manifest, manifest.datasets, "train")
+        # Shards are numbered through all datasets, samples through all shards.
+        self._first_shard = np.cumsum([0, *map(len, sizes)])
+        self._first_sample = np.cumsum([0, *(size for of_dataset in sizes for size in of_dataset)])
+        self._blocks = lru_cache(maxsize=3)(self._read_block)
+        self._replaced: deque[int] = deque(maxlen=max(1, WATCHED_SAMPLES // self._num_rows))
+        self._lock = threading.Lock()
 
     def batch(self, step: int) -> Batch:
-        """Return the batch of a step (counted from 0)."""
-        first = step * self._batch_size
-        drawn = [self._draw(draw) for draw in range(first, first + self._batch_size)]
-        samples = [sample for sample, _ in drawn]
-        return Batch(
-            np.stack([sample.picture for sample in samples]),
-            [sample.caption for sample in samples],
-            sum(replaced for _, replaced in drawn),
-        )
-
-    def _draw(self, draw: int) -> tuple[Sample, bool]:
-        """Return a draw's sample, and whether it stands in for a broken one.
+        """Return this process's rows of the batch of a step (counted from 0).
 
         A broken sample is replaced by the next one in the order of its shard.
+
+        Raises:
+            EvenmixError: a shard is missing or damaged, or too many samples are broken.
         """
-        dataset, number = self._schedule(draw)
-        reader = self._readers[dataset]
-        epoch, position = divmod(number, len(reader))
-        shards, ends = self._shard_orders(dataset, epoch)
-        place = int(np.searchsorted(ends, position, side="right"))
-        shard = int(shards[place])
-        order = self._sample_orders(dataset, epoch, shard)
-        within = position - (int(ends[place]) - len(order))
-        for attempt in range(len(order)):
-            sample = int(order[(within + attempt) % len(order)])
+        number, within = divmod(step, self._block_steps)
+        with self._lock:
+            block = self._blocks(number)
+            self._blocks(number + 1)
+        pictures = np.empty((self._num_rows, self._resolution, self._resolution, 3), np.uint8)
+        captions, replaced = [], []
+        for row, out in enumerate(pictures):
+            stretch = block.stretches[block.stretch[row, within]].result()
+            sample, seed = block.sample[row, within], f"{self._seed}/{block.epoch[row, within]}"
             try:
-                return reader.read(shard, sample, f"{self._seed}/{epoch}"), attempt > 0
+                captions.append(self._reader.decode(stretch, sample, seed, out))
+            except BrokenSample as error:
+                captions.append(self._replacement(block, row, within, seed, out))
+                replaced.append(error)
+        self._watch(replaced)
+        return Batch(pictures, captions, len(replaced))
+
+    def _read_block(self, number: int) -> _Block:
+        """Work out the draws of a block, and begin to read what they need."""
+        datasets, positions = self._schedule.deal(
+            number, self._block_steps, self._batch_size, self._spans
+        )
+        own = slice(self._first_row, self._first_row + self._num_rows)
+        datasets, positions = datasets[own], positions[own]
+        epochs, shards, samples = (np.empty_like(positions) for _ in range(3))
+        for dataset, order in enumerate(self._orders):
+            drawn = datasets == dataset
+            epochs[drawn], shards[drawn], samples[drawn] = order.places(positions[drawn])
+        shards += self._first_shard[datasets]
+
+        numbers = self._first_sample[shards] + samples
+        wanted, at = np.unique(numbers, return_index=True)
+        shard, sample = shards.ravel()[at], samples.ravel()[at]
+        begins = np.flatnonzero(
+            (np.diff(wanted, prepend=-2) > 1) | (np.diff(shard, prepend=-1) > 0)
+        )
+        counts = np.diff(begins, append=len(wanted))
+        stretches = [
+            self._reader.fetch(int(shard[begin]), int(sample[begin]), int(count))
+            for begin, count in zip(begins, counts, strict=True)
+        ]
+        of_draw = np.searchsorted(wanted[begins], numbers, side="right") - 1
+        return _Block(datasets, epochs, shards, samples, of_draw, stretches)
+
+    def _replacement(self, block: _Block, row: int, within: int, seed: str, out: np.ndarray) -> str:
+        """Decode the next whole sample in the order of a broken one's shard; return its caption."""
+        dataset, shard = int(block.dataset[row, within]), int(block.shard[row, within])
+        order = self._orders[dataset].samples_of(
+            int(block.epoch[row, within]), shard - int(self._first_shard[dataset])
+        )
+        place = int(np.flatnonzero(order == block.sample[row, within])[0])
+        following = np.roll(order, -place)[1:_MAX_TRIES].tolist()
+        for sample in following:
+            stretch = self._reader.fetch(shard, sample, 1).result()
+            try:
+                return self._reader.decode(stretch, sample, seed, out)
             except BrokenSample:
                 continue
         raise EvenmixError(
-            f"{reader.shard_url(shard)}: none of its {len(order)} samples can be decoded; "
-            "mix this shard again"
+            f"{self._reader.shard_url(shard)}: none of the {len(following) + 1} samples that were "
+            "tried can be used; copy or mix this shard again"
         )
 
-    def _shard_order(self, dataset: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return an epoch's order of shards and the running sum of their samples."""
-        shards = self._readers[dataset].shards
-        order = shard_order(len(shards), hash_text(f"{self._seed}/{self._names[dataset]}/{epoch}"))
-        return order, np.cumsum([shards[shard].num_samples for shard in order])
+    def _watch(self, replaced: list[BrokenSample]) -> None:
+        """Stop the run when too many of the samples of late were broken."""
+        with self._lock:
+            self._replaced.append(len(replaced))
+            if replaced and sum(self._replaced) > max(WATCHED_SAMPLES, self._num_rows) // 100:
+                raise EvenmixError(
+                    f"{sum(self._replaced):,} of the last {WATCHED_SAMPLES:,} samples are broken, "
+                    f"more than 1 %, the latest in {replaced[-1]}; `evenmix verify --deep` finds "
+                    "the damaged shards"
+                )
 
-    def _sample_order(self, dataset: int, epoch: int, shard: int) -> np.ndarray:
-        chosen = self._readers[dataset].shards[shard]
-        return sample_order(chosen.num_samples, hash_text(f"{self._seed}/{chosen.name}/{epoch}"))
+
+def block_steps(manifest: Manifest, batch_size: int) -> int:
+    """Return K, how many steps are read at a time: a function of the mixture and the batch."""
+    batch_bytes = sum(
+        sum(shard.bytes for shard in dataset.train.shards) / epoch
+        for dataset in manifest.datasets
+        if (epoch := _epoch_steps(dataset, batch_size))
+    )
+    return min(max(1, int(BLOCK_BYTES / batch_bytes)), MAX_BLOCK_STEPS)
+
+
+def _epoch_steps(dataset: MixtureDataset, batch_size: int) -> Fraction:
+    """Return how many steps an epoch of a dataset lasts; 0 if it is not drawn from."""
+    drawn = batch_size * Fraction(dataset.weight)
+    return Fraction(dataset.train.num_samples) / drawn if drawn else Fraction(0)
 
 
 def check_mixture(mixture_url: str, manifest: Manifest, resolution: int) -> None:
     """Check before any work that a mixture is whole and fits the model.
 
     Raises:
-        EvenmixError: another resolution, a missing or truncated file, or a dataset without samples.
+        EvenmixError: another resolution, pictures that are not square, a missing or truncated file.
     """
     name = storage.join(mixture_url, "mixture.json")
+    if manifest.crop != "square":
+        raise EvenmixError(
+            f"{name}: its pictures keep their aspect, the trainer needs square ones; mix again "
+            'with crop = "square"'
+        )
     if manifest.resolution != resolution:
         raise EvenmixError(
             f"{name}: its pictures have {manifest.resolution} px, the training configuration says "
@@ -241,8 +261,6 @@ def check_mixture(mixture_url: str, manifest: Manifest, resolution: int) -> None
         )
     there = {file.name: file.num_bytes for file in storage.list_files(mixture_url)}
     for dataset in manifest.datasets:
-        if Fraction(dataset.weight) and not dataset.train.num_samples:
-            raise EvenmixError(f"{name}: dataset {dataset.name} has a weight but no samples")
         for shard in dataset.train.shards + dataset.validation.shards:
             url = storage.join(mixture_url, shard.name)
             if shard.name not in there or shard.name.removesuffix(".tar") + ".parquet" not in there:
@@ -264,14 +282,20 @@ def read_validation(
     quota = max_samples // max(1, len(manifest.datasets))
     held_out: dict[str, list[Sample]] = {}
     for dataset in manifest.datasets:
-        reader = SplitReader(mixture_url, manifest, dataset.validation, cached_runs=1)
+        reader = SampleReader(mixture_url, manifest, [dataset], "validation")
         samples: list[Sample] = []
         for shard, info in enumerate(reader.shards):
-            for number in range(min(info.num_samples, quota - len(samples))):
+            count = min(info.num_samples, quota - len(samples))
+            if not count:
+                break
+            stretch = reader.fetch(shard, 0, count).result()
+            for number in range(count):
+                picture = np.empty((manifest.resolution, manifest.resolution, 3), np.uint8)
                 try:
-                    samples.append(reader.read(shard, number, "validation"))
+                    caption = reader.decode(stretch, number, "validation", picture)
                 except BrokenSample:
                     continue
+                samples.append(Sample(picture, caption))
         held_out[dataset.name] = samples
     return held_out
 

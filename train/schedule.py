@@ -2,25 +2,35 @@
 
 Draw k of a run (draws are numbered over all batches) goes to one dataset by a fixed cycle in which
 every dataset gets its exact share and, after any number of draws k, has had fewer than one draw
-more or less than weight * k (Tijdeman 1980, "The chairman assignment problem"). A dataset's own
-draws run through all its samples, epoch after epoch, each in another order. Nothing here has a
-state: a run that knows its step knows its data.
+more or less than weight * k. A dataset's own draws run through all its samples, epoch after epoch,
+each in another order. Nothing here has a state: a run that knows its step knows its data.
 """
 
+import hashlib
+import heapq
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
+from itertools import islice
 
 import numpy as np
 
 from mixing.manifest import MAX_COMMON_DENOMINATOR
 
-# Samples that lie side by side in a shard and stay together in every order: one read fetches them.
-SAMPLES_PER_READ = 64
+SAMPLES_PER_RUN = 64
+"""Samples that lie side by side in a shard and stay so in every order: one request fetches them."""
 
 
-def dataset_cycle(weights: list[Fraction]) -> np.ndarray:
+def dataset_cycle(weights: Sequence[Fraction]) -> np.ndarray:
     """Return the datasets of one cycle of draws, int32, of the length of the common denominator.
+
+    The rule is Tijdeman's (1980, "The chairman assignment problem"). With e = 1 / (2 D - 2) for D
+    datasets, draw number c (from 0) of a dataset may come when weight * k >= c + e, k the number of
+    draws up to and with this one, and must come before weight * k > c + 1 - e. Never more draws
+    must come than there is room for (his theorem), and serving the earliest deadline first then
+    keeps them all. So no count is ever more than 1 - e away from weight * k.
 
     Raises:
         ValueError: the common denominator is above MAX_COMMON_DENOMINATOR.
@@ -30,21 +40,25 @@ def dataset_cycle(weights: list[Fraction]) -> np.ndarray:
         raise ValueError(
             f"the weights' common denominator {length:,} is above {MAX_COMMON_DENOMINATOR:,}"
         )
-    share = [int(weight * length) for weight in weights]
-    counts = [0] * len(weights)
-    # Tijdeman's rule: of the datasets that lag by at least 1 / parts of a draw, serve the one whose
-    # lag would reach 1 - 1 / parts first. Lags are kept as integers, in units of 1 / length.
-    parts = max(2 * len(weights) - 2, 1)
+    share = np.array([int(weight * length) for weight in weights])
+    dataset = np.repeat(np.arange(len(share)), share)
+    number = np.concatenate([np.arange(n) for n in share])
+    n, parts = share[dataset], max(2 * len(share) - 2, 1)
+    release = -(-(number * parts + 1) * length // (parts * n))
+    # Deadlines in units of 1 / parts, as integers in the exact order of these fractions: with
+    # denominators up to the length, two that differ do so by 1 / length**2 or more.
+    whole, rest = np.divmod(((number + 1) * parts - 1) * length, n)
+    deadline = whole * length**2 + rest * length**2 // n
+
+    by_deadline = np.lexsort((dataset, deadline))
+    release = release[by_deadline]
+    ranks = iter(np.argsort(release, kind="stable").tolist())
+    waiting: list[int] = []
     cycle = np.empty(length, np.int32)
-    for draw in range(length):
-        lags = [n * (draw + 1) - count * length for n, count in zip(share, counts, strict=True)]
-        due = [
-            (Fraction((parts - 1) * length - parts * lag, n), dataset)
-            for dataset, (n, lag) in enumerate(zip(share, lags, strict=True))
-            if n and parts * lag >= length
-        ]
-        _, cycle[draw] = min(due)
-        counts[cycle[draw]] += 1
+    for draw, num_released in enumerate(np.bincount(release, minlength=length + 1)[1:].tolist()):
+        for rank in islice(ranks, num_released):
+            heapq.heappush(waiting, rank)
+        cycle[draw] = dataset[by_deadline[heapq.heappop(waiting)]]
     return cycle
 
 
@@ -56,17 +70,87 @@ class Schedule:
     counts: np.ndarray
 
     @classmethod
-    def of(cls, weights: list[Fraction]) -> "Schedule":
+    def of(cls, weights: Sequence[Fraction]) -> "Schedule":
         """Build the schedule of datasets with these weights, which sum to one."""
         cycle = dataset_cycle(weights)
         drawn = cycle[:, None] == np.arange(len(weights))
         return cls(cycle, np.concatenate([np.zeros((1, len(weights)), int), drawn.cumsum(axis=0)]))
 
-    def __call__(self, draw: int) -> tuple[int, int]:
-        """Return the dataset of a draw, and how many draws that dataset has had before."""
-        turns, position = divmod(draw, len(self.cycle))
-        dataset = int(self.cycle[position])
-        return dataset, int(turns * self.counts[-1, dataset] + self.counts[position, dataset])
+    def deal(
+        self, block: int, num_steps: int, batch_size: int, spans: Sequence[int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the datasets of a block of steps, and the positions in each dataset's own order.
+
+        Both are (batch_size, num_steps). Batches are in the order of the draws, so the datasets
+        keep to their shares row by row. The next positions of dataset j are dealt to its draws in
+        ``spans[j]`` steps row by row, and from step to step in a row; then to those in the next
+        ``spans[j]`` steps. So in a span any neighbouring rows, such as one process owns, have
+        neighbouring positions.
+        """
+        first = block * num_steps * batch_size
+        draws = first + np.arange(num_steps * batch_size)
+        datasets = self.cycle[draws % len(self.cycle)].reshape(num_steps, batch_size).T
+        positions = np.empty(datasets.shape, np.int64)
+        turns, place = divmod(first, len(self.cycle))
+        reached = turns * self.counts[-1] + self.counts[place]
+        for dataset, span in enumerate(spans):
+            for step in range(0, num_steps, span):
+                drawn = datasets[:, step : step + span] == dataset
+                count = np.count_nonzero(drawn)
+                positions[:, step : step + span][drawn] = reached[dataset] + np.arange(count)
+                reached[dataset] += count
+        return datasets, positions
+
+
+class EpochOrder:
+    """A dataset's samples in the order in which they are drawn, epoch after epoch without end.
+
+    An epoch takes shard after shard in an order of its own. A shard's samples are taken by runs of
+    SAMPLES_PER_RUN neighbours (the first and the last may be shorter), in file order within a run;
+    where runs begin, and their order, are the epoch's own too. Samples were shuffled over all
+    shards when the mixture was written.
+    """
+
+    def __init__(self, seed: str, shard_sizes: Sequence[int]):
+        self._seed = seed
+        self._sizes = np.array(shard_sizes)
+        self._num_samples = sum(shard_sizes)
+        self._shards_of = lru_cache(maxsize=4)(self._shard_order)
+
+    def places(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the epochs, the shards and the samples (by their place in the shard) at positions.
+
+        All are (num_positions,).
+        """
+        epochs, places = np.divmod(positions, self._num_samples)
+        shards, samples = np.empty_like(places), np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
+            now = epochs == epoch
+            order, ends = self._shards_of(epoch)
+            turns = np.searchsorted(ends, places[now], side="right")
+            shards[now] = order[turns]
+            samples[now] = places[now] - ends[turns] + self._sizes[order[turns]]
+            for shard in np.unique(shards[now]).tolist():
+                here = now & (shards == shard)
+                samples[here] = self.samples_of(epoch, shard)[samples[here]]
+        return epochs, shards, samples
+
+    def samples_of(self, epoch: int, shard: int) -> np.ndarray:
+        """Return the order in which an epoch takes the samples of a shard."""
+        seed = hash_text(f"{self._seed}/{epoch}/{shard}")
+        run = (np.arange(self._sizes[shard]) + seed % SAMPLES_PER_RUN) // SAMPLES_PER_RUN
+        return np.argsort(hash_numbers(run, seed), kind="stable")
+
+    def _shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return an epoch's order of shards and the running sum of their samples."""
+        seed = hash_text(f"{self._seed}/{epoch}")
+        order = np.argsort(hash_numbers(np.arange(len(self._sizes)), seed), kind="stable")
+        return order, np.cumsum(self._sizes[order])
+
+
+def hash_text(text: str) -> int:
+    """Hash a text to 56 bits, the same everywhere and always."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
 
 
 def hash_numbers(numbers: np.ndarray, seed: int) -> np.ndarray:
@@ -75,20 +159,3 @@ def hash_numbers(numbers: np.ndarray, seed: int) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
-
-
-def shard_order(num_shards: int, seed: int) -> np.ndarray:
-    """Return the order in which an epoch visits the shards of a dataset."""
-    return np.argsort(hash_numbers(np.arange(num_shards), seed), kind="stable")
-
-
-def sample_order(num_samples: int, seed: int) -> np.ndarray:
-    """Return the order in which an epoch visits the samples of a shard.
-
-    Runs of SAMPLES_PER_READ neighbours are visited in random order, and each in random order
-    within. Samples are shuffled over all shards already when a mixture is written.
-    """
-    sample = np.arange(num_samples)
-    of_run = hash_numbers(sample // SAMPLES_PER_READ, seed)
-    order: np.ndarray = np.lexsort((hash_numbers(sample, seed + 1), of_run))
-    return order
