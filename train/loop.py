@@ -24,11 +24,12 @@ from train.checkpoint import Checkpoints, TrainState
 from train.config import TrainConfig
 from train.data import TrainingData, check_mixture, prefetch, read_validation
 from train.evaluate import Evaluation, as_json, evaluate
-from train.flow import draw, losses
+from train.flow import draw, losses, posterior_keys
 from train.log import LossLog
 from train.model import Params, Velocity, init_params, velocity_fn
 from train.optimiser import make_optimiser, update_ema
 from train.output import writing_to
+from train.weights import load_weights
 
 # (params, ema, opt_state), the device's share of the state.
 Weights = tuple[Params, Params, optax.OptState]
@@ -47,22 +48,20 @@ class Inputs:
 def make_step(
     config: TrainConfig, velocity: Velocity, optimiser: optax.GradientTransformation
 ) -> Callable[..., tuple[Weights, dict[str, jax.Array]]]:
-    """Return the training step: (weights, step, pictures, caption, mask) to (weights, metrics).
+    """Return the training step: (weights, step, latents, caption, mask) to (weights, metrics).
 
     The weights that are given in are donated: they are gone afterwards.
     """
-    codec = config.latent_codec()
 
     @partial(jax.jit, donate_argnums=0)
     def train_step(
         weights: Weights,
         step: jax.Array,
-        pictures: jax.Array,
+        data: jax.Array,
         caption: jax.Array,
         mask: jax.Array,
     ) -> tuple[Weights, dict[str, jax.Array]]:
         params, ema, opt_state = weights
-        data = codec.encode(pictures)
         draws = draw(config.seed, step, data.shape, config.text.dropout, config.time_shift)
 
         def mean_loss(params: Params) -> jax.Array:
@@ -95,7 +94,10 @@ def train(config: TrainConfig, stop: threading.Event) -> dict[str, Evaluation] |
     optimiser = make_optimiser(config.optimiser)
 
     def fresh() -> TrainState:
-        params = init_params(model_config, config.seed)
+        if config.init is None:
+            params = init_params(model_config, config.seed)
+        else:
+            params = jax.tree.map(jnp.asarray, load_weights(config.init, model_config))
         return TrainState(0, params, jax.tree.map(jnp.copy, params), optimiser.init(params))
 
     mixture_sha256 = hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()
@@ -118,7 +120,9 @@ def train(config: TrainConfig, stop: threading.Event) -> dict[str, Evaluation] |
     inputs = prefetch(ready, step, config.loader_threads)
     while step < config.steps and not stop.is_set():
         batch = next(inputs)
-        weights, metrics = train_step(weights, step, batch.pictures, batch.caption, batch.mask)
+        keys = posterior_keys(config.seed, step, config.batch_size)
+        latents = codec.encode(jnp.asarray(batch.pictures), keys)
+        weights, metrics = train_step(weights, step, latents, batch.caption, batch.mask)
         step += 1
         window.append(metrics | {"replaced_samples": batch.num_replaced})
         if step % config.log_every_steps == 0 or step == config.steps:

@@ -10,17 +10,27 @@ from PIL import Image, PngImagePlugin
 
 from pipeline.errors import EvenmixError
 from train.checkpoint import load_averaged
+from train.config import TrainConfig, load_config
 from train.grid import draw_grid
-from train.model import velocity_fn
+from train.model import Params, velocity_fn
 from train.output import writing_to
 from train.sampling import SamplingConfig, sample
+from train.weights import load_weights
 
 DEFAULTS = SamplingConfig()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="output of a run")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="PATH",
+        help="output of a run, or a file of weights (.safetensors, or i1's .pt)",
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="for a file of weights: the TOML file of such a run"
+    )
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument(
         "--prompts",
@@ -45,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     """Sample, and write each picture and a grid of all as PNG."""
     prompts = args.prompt or read_prompts(Path(args.prompts))
     settings = SamplingConfig(args.guidance, args.rescale, args.steps, args.shift, args.seed)
-    step, config, params = load_averaged(args.checkpoint)
+    origin, config, params = _trained(args.checkpoint, args.config)
     codec = config.latent_codec()
     pictures = sample(
         velocity_fn(config.model_config_for(codec)),
@@ -60,13 +70,30 @@ def run(args: argparse.Namespace) -> int:
     with writing_to(output):
         for number, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
             path = output / f"{number:04d}.png"
-            text = {"prompt": prompt, "index": number, "step": step} | asdict(settings)
+            text = {"prompt": prompt, "index": number} | origin | asdict(settings)
             _save(path, picture, text)
         draw_grid(pictures, prompts).save(output / "grid.png")
     for number, prompt in enumerate(prompts):
         print(f"{output / f'{number:04d}.png'}: {prompt}")
     print(f"grid of samples: {output / 'grid.png'}")
     return 0
+
+
+def _trained(
+    checkpoint: str, config_file: str | None
+) -> tuple[dict[str, object], TrainConfig, Params]:
+    """Return what the weights are called, their configuration, and the weights."""
+    if config_file is not None:
+        config = load_config(config_file)
+        model_config = config.model_config_for(config.latent_codec())
+        name = Path(checkpoint).name
+        return {"weights": name}, config, load_weights(checkpoint, model_config)
+    if Path(checkpoint).is_file():
+        raise EvenmixError(
+            f"{checkpoint} is a file of weights; say by --config how a run with it is configured"
+        )
+    step, config, params = load_averaged(checkpoint)
+    return {"step": step}, config, params
 
 
 def read_prompts(path: Path) -> list[str]:

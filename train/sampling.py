@@ -106,8 +106,7 @@ def sample(
     def draw(params: Params, index: jax.Array, caption: jax.Array, mask: jax.Array) -> jax.Array:
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
         noise = jax.vmap(lambda k: jax.random.normal(k, (side, side, codec.channels)))(keys)
-        latents = integrate(velocity, params, noise, caption=caption, mask=mask, config=config)
-        return codec.decode(latents)
+        return integrate(velocity, params, noise, caption=caption, mask=mask, config=config)
 
     pictures = []
     for first in range(0, len(prompts), PICTURES_AT_A_TIME):
@@ -115,5 +114,6 @@ def sample(
         # The last chunk is filled up, so that all have one shape and compile once.
         caption, mask = encoder(chunk + [""] * (PICTURES_AT_A_TIME - len(chunk)))
         index = first + np.arange(PICTURES_AT_A_TIME)
-        pictures.append(np.asarray(draw(params, index, caption, mask))[: len(chunk)])
+        latents = draw(params, index, caption, mask)
+        pictures.append(np.asarray(codec.decode(latents))[: len(chunk)])
     return np.concatenate(pictures)
