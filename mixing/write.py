@@ -7,7 +7,7 @@ brought (:mod:`mixing.gather`): one that is finished needs these no longer.
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from threading import BoundedSemaphore
+from threading import Lock
 from typing import Any
 
 import pyarrow as pa
@@ -25,7 +25,6 @@ from pipeline.stage import Output, WorkItem
 from pipeline.tars import TarWriter
 
 _CONCURRENT_READS = 16
-_DECODED_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Write:
     """The stage that makes R/mixtures/<name>; an item is one of its shards.
 
     It takes a few times the memory of the shard, and that of the pictures in hand: 16 originals as
-    they are stored, of which 4 are decoded.
+    they are stored, of which one is decoded.
     """
 
     recipe: Recipe
@@ -89,7 +88,7 @@ class Write:
             return Output(OFFSETS.empty_table(), Counts())
         extension = images.EXTENSIONS[self.recipe.mixture.image_format]
         tar, offsets = TarWriter(), []
-        decoding = BoundedSemaphore(_DECODED_AT_ONCE)
+        decoding = Lock()
         with ThreadPoolExecutor(_CONCURRENT_READS) as pool:
             pictures = pool.map(lambda s: self._picture(item.dataset, s, decoding), samples)
             for sample, picture in zip(samples, pictures, strict=True):
@@ -109,7 +108,7 @@ class Write:
         )
 
     def _picture(
-        self, dataset: str, sample: Mapping[str, Any], decoding: BoundedSemaphore
+        self, dataset: str, sample: Mapping[str, Any], decoding: Lock
     ) -> bytes:
         """Return a sample's picture, which is made from its original if that is what has come."""
         made: bytes | None = sample["picture"]

@@ -387,7 +387,16 @@ def parquet_bytes(table: pa.Table, metadata: dict[str, str]) -> bytes:
     """Serialise a table as Parquet with ``metadata`` in its footer; equal input, equal bytes."""
     table = table.replace_schema_metadata(metadata)
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", row_group_size=16_384)
+    # An exchange's cells are hundreds of megabytes, of which neither is worth its time.
+    has_values = not all(pa.types.is_binary(column) for column in table.schema.types)
+    pq.write_table(
+        table,
+        sink,
+        compression="zstd",
+        row_group_size=16_384,
+        use_dictionary=has_values,
+        write_statistics=has_values,
+    )
     return bytes(sink.getvalue().to_pybytes())
 
 
