@@ -202,9 +202,10 @@ def _recipe_and_set(args: argparse.Namespace) -> tuple[Recipe, str]:
             f"[captions.{captions}], or name a --model"
         )
     if changes and tables[captions]["engine"] != "vllm":
+        option = "for" if "pictures" in changes else next(iter(changes)).replace("_", "-")
         raise EvenmixError(
             f"the caption set {captions} of {args.recipe} is not made with a model; remove "
-            f"--{next(iter(changes)).replace('_', '-')}, or give it another name"
+            f"--{option}, or give it another name"
         )
     tables[captions] = tables[captions] | changes  # the parent's own table stays as it is
     # As a whole, since a set's name may have a dot in it.

@@ -5,14 +5,15 @@
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from functools import cache, partial
 
 from mixing.weights import check_weights
 from pipeline import storage
-from pipeline.eligible import filters_of, input_columns
+from pipeline.eligible import filters_of, input_columns, passes
 from pipeline.errors import EvenmixError, did_you_mean
 from pipeline.recipe import PublishedCaptions, Recipe
-from pipeline.records import IMAGES
+from pipeline.records import ATTRIBUTES, IMAGES
 from pipeline.summary import dataset_url, read_summary
 
 _SHOWN = 12
@@ -80,14 +81,18 @@ def _check_joins(recipe: Recipe) -> None:
 def _in_the_corpus(recipe: Recipe) -> Iterator[str]:
     """Yield what is wrong with the tables that judge the pictures; what datasets share, once."""
     datasets_with = defaultdict[tuple[str, str], list[str]](list)
+    # A family is listed for a hint, once: it may have a million files.
+    names_in = cache(partial(_names_in, recipe.root))
     for dataset in recipe.mixture_datasets():
-        for obstacle in _in_the_dataset(recipe, dataset):
+        for obstacle in _in_the_dataset(recipe, dataset, names_in):
             datasets_with[obstacle].append(dataset)
     for (problem, remedy), datasets in datasets_with.items():
         yield f"{problem}: {', '.join(datasets)}{remedy}"
 
 
-def _in_the_dataset(recipe: Recipe, dataset: str) -> Iterator[tuple[str, str]]:
+def _in_the_dataset(
+    recipe: Recipe, dataset: str, names_in: Callable[[str], list[str]]
+) -> Iterator[tuple[str, str]]:
     """Yield problems of a dataset and what helps; the name of the dataset belongs in between."""
     images = read_summary(recipe.root, IMAGES, dataset)
     if images is None:
@@ -98,65 +103,71 @@ def _in_the_dataset(recipe: Recipe, dataset: str) -> Iterator[tuple[str, str]]:
         shards = _shards(recipe, folder, dataset)
         missing = sorted(images.items.keys() - shards)
         if not shards:
-            yield _absence(recipe, family, name)
+            yield _absence(family, name, names_in)
         elif missing:
             yield (
                 f"{folder} lacks {len(missing):,} shards of the image index, such as {missing[0]}",
                 _REMEDIES[family].format(name=name),
             )
-        elif family in (IMAGES, "attributes"):
-            yield from _missing_columns(recipe, folder, dataset, min(images.items))
+        elif family in (IMAGES, ATTRIBUTES):
+            yield from _unfit_filters(recipe, folder, dataset, min(images.items))
 
 
 _REMEDIES = {
     "duplicates": "; give dedup.name another value and run `evenmix dedup`",
     "captions": "; run `evenmix caption --captions {name}`",
-    "attributes": "; each needs a table of its name, with its keys in its order",
+    ATTRIBUTES: "; each needs a table of its name, with its keys in its order",
 }
 """What adds the shards that a folder lacks, by the first part of its name."""
 
 
 def _shards(recipe: Recipe, folder: str, dataset: str) -> Collection[str]:
     """Return the shards of a dataset in a folder; none, if the stage there has not finished."""
-    if folder.startswith("attributes/"):
+    if folder.startswith(f"{ATTRIBUTES}/"):
         files = storage.list_files(dataset_url(recipe.root, folder, dataset))
         return {file.name.removesuffix(".parquet") for file in files}
     summary = read_summary(recipe.root, folder, dataset)
     return summary.items.keys() if summary else ()
 
 
-def _absence(recipe: Recipe, family: str, name: str) -> tuple[str, str]:
+def _names_in(root: str, family: str) -> list[str]:
+    """Return the names of the caption sets, say, that a corpus has something of."""
+    files = storage.list_files(storage.join(root, family))
+    return sorted({file.name.partition("/")[0] for file in files})
+
+
+def _absence(family: str, name: str, names_in: Callable[[str], list[str]]) -> tuple[str, str]:
     """Return the problem that a family of a dataset is not there, or not finished."""
     if family == "duplicates":
         return f"dedup {name} has not finished", "; run `evenmix dedup`"
-    files = storage.list_files(storage.join(recipe.root, family))
-    known = sorted({file.name.partition("/")[0] for file in files})
+    known = names_in(family)
     among = f"there {'are' if len(known) > 1 else 'is'} {', '.join(known[:_SHOWN])}"
-    hint = did_you_mean(name, set(known) - {name}, among if known else "")
+    hint = did_you_mean(name, {*known} - {name}, among if known else "")
     if family == "captions":
         return f"captions/{name} is missing, or not finished", f"; run `evenmix caption`{hint}"
-    return f"attributes/{name}, which mixture.filters name, is missing", hint
+    return f"{ATTRIBUTES}/{name}, which mixture.filters name, is missing", hint
 
 
-def _missing_columns(
+def _unfit_filters(
     recipe: Recipe, folder: str, dataset: str, shard: str
 ) -> Iterator[tuple[str, str]]:
-    """Yield the columns that filters want of a folder and its first shard does not have."""
-    filters = filters_of(recipe, dataset)
-    wanted = {of.column.rpartition(".")[2]: of for of in filters if _folder(of.table) == folder}
-    if not wanted:
+    """Yield what filters ask of a folder's tables that its first shard cannot answer."""
+    filters = [wanted for wanted in filters_of(recipe, dataset) if wanted.folder == folder]
+    if not filters:
         return
     url = storage.join(dataset_url(recipe.root, folder, dataset), f"{shard}.parquet")
     with storage.open_parquet(url) as file:
-        there = file.schema_arrow.names
-    for column in ["key", *wanted]:
-        if column not in there:
-            asks = f", which the filter {wanted[column]} asks for" if column in wanted else ""
-            yield (
-                f"{folder} has no column {column}{asks}",
-                did_you_mean(column, there, f"it has {', '.join(there)}"),
-            )
-
-
-def _folder(table: str | None) -> str:
-    return IMAGES if table is None else f"attributes/{table}"
+        schema = file.schema_arrow
+    has = f"it has {', '.join(schema.names)}"
+    if "key" not in schema.names:
+        yield f"{folder} has no column key", did_you_mean("key", schema.names, has)
+    for wanted in filters:
+        column = wanted.column_name
+        if column not in schema.names:
+            problem = f"{folder} has no column {column}, which the filter {wanted} asks for"
+            yield problem, did_you_mean(column, schema.names, has)
+            continue
+        try:
+            passes(wanted, schema.empty_table())
+        except EvenmixError as error:
+            yield str(error), ""

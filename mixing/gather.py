@@ -15,7 +15,7 @@ of B reads in each pass: 98 million pictures at 256 pixels, in 98,000 shards of 
 files, 314 parts, and twice 8.6 million reads of 1.6 MB.
 
 A file has about GROUP_BYTES of samples, and making it takes a worker process four times that, and
-one tar and the pictures that are just decoded.
+one tar and the picture that is just decoded.
 """
 
 import math

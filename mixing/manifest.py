@@ -19,6 +19,8 @@ from pydantic import (
 from pipeline import storage
 from pipeline.errors import EvenmixError
 
+MANIFEST = "mixture.json"
+
 OFFSETS = pa.schema(
     [
         ("key", pa.string()),
@@ -119,7 +121,7 @@ def load_manifest(mixture_url: str) -> Manifest:
     Raises:
         EvenmixError: there is no manifest, or it does not follow the schema.
     """
-    url = storage.join(mixture_url, "mixture.json")
+    url = storage.join(mixture_url, MANIFEST)
     if not storage.exists(url):
         raise EvenmixError(f"{url} does not exist; `evenmix mix` writes it when a mixture is done")
     try:

@@ -7,7 +7,7 @@ from typing import Any
 
 from mixing.corpus_check import check_corpus, check_recipe
 from mixing.gather import Gather, Regroup, Route, exchange_folder, route_of
-from mixing.manifest import Manifest, MixtureDataset, Shard, Split
+from mixing.manifest import MANIFEST, Manifest, MixtureDataset, Shard, Split, load_manifest
 from mixing.plan import print_plan
 from mixing.select import SHARD, Select, Selection, read_selection
 from mixing.weights import Weight, dataset_weights
@@ -20,7 +20,7 @@ from pipeline.errors import EvenmixError
 from pipeline.exclusions import stored_exclusions
 from pipeline.progress import console, reasons_text
 from pipeline.reasons import RejectReason
-from pipeline.receipts import Receipt
+from pipeline.receipts import Receipt, difference
 from pipeline.recipe import Recipe, preset_recipe
 from pipeline.run import run_stage
 from pipeline.stage import committed_receipts, make_plan
@@ -53,6 +53,7 @@ def run_recipe(recipe: Recipe, runner: RunnerOptions) -> None:
     recipe = recipe.model_copy(update={"exclusions": exclusions})
     selections, inputs = _select(recipe, runner)
     weights = dataset_weights(recipe, {name: s.num_train for name, s in selections.items()})
+    _refuse_other_manifest(recipe, weights)
     _write(recipe, selections, inputs, runner)
     publish_manifest(recipe, weights)
     _remove_exchange(recipe)
@@ -64,9 +65,9 @@ def _select(recipe: Recipe, runner: RunnerOptions) -> tuple[dict[str, Selection]
     items = select.plan()
     if not make_plan(select, items).is_finished:
         candidates = Candidates(recipe, with_captions=True)
-        run_stage(candidates, candidates.plan(), runner)
+        # Nothing has the mixture's name yet, so that a recipe which is relaxed may keep it.
+        refuse_empty(run_stage(candidates, candidates.plan(), runner))
     selected = run_stage(select, items, runner)
-    refuse_empty(selected)
     tell_exhausted(recipe, selected)
     selections = {item.dataset: read_selection(recipe, item.dataset) for item in items}
     _refuse_untrained(selections)
@@ -81,7 +82,7 @@ def _select(recipe: Recipe, runner: RunnerOptions) -> tuple[dict[str, Selection]
 
 
 def refuse_empty(summaries: Mapping[str, Summary]) -> None:
-    """Raise an EvenmixError that names the datasets of which nothing was selected, and why."""
+    """Raise an EvenmixError that names the datasets without candidates, and says why."""
     empty = [
         f"{dataset} ({reasons_text(summary.counts, ', ') or 'ingest kept none'})"
         for dataset, summary in sorted(summaries.items())
@@ -90,7 +91,7 @@ def refuse_empty(summaries: Mapping[str, Summary]) -> None:
     if empty:
         raise EvenmixError(
             f"no picture is left for the mixture in: {'; '.join(empty)}. Relax the recipe, or name "
-            "the other datasets in mixture.datasets"
+            "these datasets in mixture.without"
         )
 
 
@@ -99,7 +100,8 @@ def _refuse_untrained(selections: Mapping[str, Selection]) -> None:
     if held_out:
         raise EvenmixError(
             f"all selected pictures are held out for validation in: {', '.join(held_out)}. Lower "
-            "mixture.validation_fraction, or name these datasets in mixture.without"
+            "mixture.validation_fraction and give mixture.name a new name, or name these datasets "
+            "in mixture.without"
         )
 
 
@@ -110,14 +112,39 @@ def tell_exhausted(recipe: Recipe, summaries: Mapping[str, Summary]) -> None:
     """
     for dataset, summary in sorted(summaries.items()):
         rejected = summary.counts.rejected
-        captions = ", ".join(recipe.mixture.caption_sets(dataset))
+        captions = " or ".join(f"captions/{name}" for name in recipe.mixture.caption_sets(dataset))
         if RejectReason.NOT_ASKED in rejected and RejectReason.NOT_SAMPLED not in rejected:
             console.print(
-                f"{dataset}: all pictures that captions/{captions} has captions of are taken; "
+                f"{dataset}: all pictures that {captions} has captions of are taken; "
                 f"{rejected[RejectReason.NOT_ASKED]:,} more were not asked for. If they are too "
-                f"few, write another set with --parent {captions} and a larger --margin",
+                "few, write another set, with that one as --parent and a larger --margin",
                 soft_wrap=True,
             )
+
+
+def _refuse_other_manifest(recipe: Recipe, weights: Mapping[str, Weight]) -> None:
+    """Refuse, before work, to change what a finished mixture says of itself and not of its shards.
+
+    What decides the shards is in their receipts.
+    """
+    folder = storage.join(recipe.root, Write(recipe).folder)
+    if not storage.exists(storage.join(folder, MANIFEST)):
+        return
+    splits = {"train", "validation"}
+    published = {of.name: of.model_dump(exclude=splits) for of in load_manifest(folder).datasets}
+    planned = {
+        name: _manifest_dataset(recipe, name, weight, {}).model_dump(exclude=splits)
+        for name, weight in weights.items()
+    }
+    if published != planned:
+        raise _another_mixture(folder, "; ".join(difference(published, planned)))
+
+
+def _another_mixture(folder: str, what_differs: str) -> EvenmixError:
+    return EvenmixError(
+        f"{storage.join(folder, MANIFEST)} describes another mixture ({what_differs}); give "
+        "mixture.name a new name in the recipe"
+    )
 
 
 def _write(
@@ -175,16 +202,13 @@ def publish_manifest(recipe: Recipe, weights: Mapping[str, Weight]) -> None:
         ],
     )
     folder = storage.join(recipe.root, write.folder)
-    url = storage.join(folder, "mixture.json")
+    url = storage.join(folder, MANIFEST)
     data = (manifest.model_dump_json(indent=1) + "\n").encode()
     if not storage.exists(url):
         storage.publish(url, data)
     storage.sweep(folder)
     if storage.read_bytes(url) != data:
-        raise EvenmixError(
-            f"{url} describes another mixture (other weights or datasets); give mixture.name a new "
-            "name in the recipe"
-        )
+        raise _another_mixture(folder, "another build has published it meanwhile")
     console.print(f"mix: {url}", soft_wrap=True)
 
 

@@ -107,9 +107,7 @@ class Write:
             tar=tar.close(),
         )
 
-    def _picture(
-        self, dataset: str, sample: Mapping[str, Any], decoding: Lock
-    ) -> bytes:
+    def _picture(self, dataset: str, sample: Mapping[str, Any], decoding: Lock) -> bytes:
         """Return a sample's picture, which is made from its original if that is what has come."""
         made: bytes | None = sample["picture"]
         if made is not None:

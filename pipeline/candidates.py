@@ -61,7 +61,7 @@ class Candidates:
     recipe: Recipe
     with_captions: bool
     name: str = "candidates"
-    version: int = 1
+    version: int = 2
     resource_hints: Mapping[str, str] = field(default_factory=dict)
     items_at_once: int = 1
 
@@ -189,7 +189,8 @@ def smallest(urls: Sequence[str], num_train: int | None) -> Smallest:
         num_seen += len(hashes)
         if num_train is None:
             continue
-        kept.append(hashes[: np.searchsorted(hashes, last, side="right")])
+        # Copied, since a part of an array keeps all of it in memory.
+        kept.append(hashes[: np.searchsorted(hashes, last, side="right")].copy())
         num_kept += len(kept[-1])
         if num_kept > num_train + num_train // 4:
             kept = [_up_to(kept, num_train)]

@@ -6,7 +6,8 @@ with the smallest hash of (seed, key). The judgement is a pure function of table
 already, row-aligned with the image index, so whoever wants it makes it again.
 
 Filters may look at columns that the user brings: ``R/attributes/<table>/<dataset>/<shard>.parquet``
-has the keys of the index, in its order, and any further columns.
+has the keys of the index, in its order, and any further columns. What a stage has made of a table
+is refused when that changes, so one with other values wants another name.
 """
 
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from pipeline.mixture import Filter
 from pipeline.reasons import RejectReason
 from pipeline.receipts import checksum
 from pipeline.recipe import Recipe
-from pipeline.records import IMAGES, uniform_hash
+from pipeline.records import ATTRIBUTES, IMAGES, uniform_hash
 from pipeline.storage import FileInfo
 from pipeline.summary import dataset_url, finished_shards, read_shard
 
@@ -56,7 +57,7 @@ def judge_shard(
         tables[_duplicates(recipe)]["rule"],
         _where(pc.less(short_edge_px, min_short_edge_px(recipe)), RejectReason.TOO_SMALL),
         *(
-            _where(pc.invert(_passes(wanted, tables[_folder(wanted)])), filtered_reason(wanted))
+            _where(pc.invert(passes(wanted, tables[wanted.folder])), filtered_reason(wanted))
             for wanted in filters_of(recipe, dataset)
         ),
     ]
@@ -79,6 +80,37 @@ def filters_of(recipe: Recipe, dataset: str) -> list[Filter]:
         for wanted in recipe.mixture.filters
         if wanted.datasets is None or dataset in wanted.datasets
     ]
+
+
+def passes(wanted: Filter, table: pa.Table) -> Any:
+    """Tell of each picture whether a filter lets it through; null and NaN do not pass.
+
+    A bound is compared as a number of the column's own type: 0.1 is at least 0.1 in float32 too.
+
+    Raises:
+        EvenmixError: the column's values cannot be compared with what the filter asks for.
+    """
+    values = table[wanted.column_name]
+    if pa.types.is_null(values.type):
+        # As a table is written in which no picture has a value.
+        return pa.array(np.zeros(table.num_rows, np.bool_))
+    try:
+        if pa.types.is_dictionary(values.type):
+            values = values.cast(values.type.value_type)
+        of_bounds = values.type if pa.types.is_floating(values.type) else pa.float64()
+        tests = []
+        if wanted.at_least is not None:
+            tests.append(pc.greater_equal(values, pa.scalar(wanted.at_least, of_bounds)))
+        if wanted.at_most is not None:
+            tests.append(pc.less_equal(values, pa.scalar(wanted.at_most, of_bounds)))
+        if wanted.one_of is not None:
+            tests.append(pc.is_in(values, value_set=pa.array(wanted.one_of, values.type)))
+    except (pa.ArrowException, TypeError) as error:
+        raise EvenmixError(
+            f"the filter {wanted} cannot be applied to {wanted.folder}, whose column has values "
+            f"of type {values.type} ({error}); correct mixture.filters"
+        ) from error
+    return pc.fill_null(reduce(pc.and_, tests), False)
 
 
 def min_short_edge_px(recipe: Recipe) -> int:
@@ -119,9 +151,10 @@ def input_columns(recipe: Recipe, dataset: str, with_captions: bool) -> dict[str
 
     The image index is the first. All have the column ``key`` beside these.
     """
-    columns = {IMAGES: ["width", "height", *_IDENTIFYING_COLUMNS], _duplicates(recipe): ["rule"]}
+    identifying = [] if recipe.exclusions is None else _IDENTIFYING_COLUMNS
+    columns = {IMAGES: ["width", "height", *identifying], _duplicates(recipe): ["rule"]}
     for wanted in filters_of(recipe, dataset):
-        columns.setdefault(_folder(wanted), []).append(_column(wanted))
+        columns.setdefault(wanted.folder, []).append(wanted.column_name)
     if with_captions:
         columns |= {_captions(name): [_OUTCOMES] for name in recipe.mixture.caption_sets(dataset)}
     return columns
@@ -161,7 +194,7 @@ def folder_digests(root: str, folder: str, dataset: str) -> dict[str, str]:
         EvenmixError: the stage has not finished, or there is no attribute table.
     """
     family, _, name = folder.partition("/")
-    if family == "attributes":
+    if family == ATTRIBUTES:
         return _attribute_digests(dataset_url(root, folder, dataset))
     commands = {IMAGES: "ingest", "duplicates": "dedup", "captions": f"caption --captions {name}"}
     return finished_shards(root, folder, dataset, commands[family])
@@ -203,16 +236,6 @@ def _captions(name: str) -> str:
     return f"captions/{name}"
 
 
-def _folder(wanted: Filter) -> str:
-    """Return the folder of the tables that have a filter's column."""
-    return IMAGES if wanted.table is None else f"attributes/{wanted.table}"
-
-
-def _column(wanted: Filter) -> str:
-    """Return a filter's column as its table names it."""
-    return wanted.column.rpartition(".")[2]
-
-
 def _read_tables(
     recipe: Recipe, dataset: str, shard: str, with_captions: bool
 ) -> dict[str, pa.Table]:
@@ -230,7 +253,7 @@ def _read_tables(
             url = storage.join(dataset_url(recipe.root, folder, dataset), f"{shard}.parquet")
             remedy = (
                 "write it anew, with the keys of the index in its order"
-                if folder.startswith("attributes/")
+                if folder.startswith(f"{ATTRIBUTES}/")
                 else "`evenmix verify` tells which file is damaged"
             )
             raise EvenmixError(f"{url} and the image index speak of different pictures; {remedy}")
@@ -243,9 +266,9 @@ def _where(mask: Any, reason: str) -> Any:
 
 
 def _excluded(recipe: Recipe, index: pa.Table) -> Any:
-    exclusions = load_exclusions(recipe.exclusions)
-    if exclusions.digest is None:
+    if recipe.exclusions is None:
         return pa.nulls(index.num_rows, pa.string())
+    exclusions = load_exclusions(recipe.exclusions)
     keys, source_urls, final_urls, hashes, pixel_hashes = (
         index[name].to_pylist() for name in ("key", *_IDENTIFYING_COLUMNS)
     )
@@ -257,34 +280,6 @@ def _excluded(recipe: Recipe, index: pa.Table) -> Any:
     )
     is_excluded = [exclusions.reason(*picture) is not None for picture in pictures]
     return _where(pa.array(is_excluded, pa.bool_()), RejectReason.EXCLUDED)
-
-
-def _passes(wanted: Filter, table: pa.Table) -> Any:
-    """Tell of each picture whether a filter lets it through; null and NaN do not pass.
-
-    A bound is compared as a number of the column's own type: 0.1 is at least 0.1 in float32 too.
-
-    Raises:
-        EvenmixError: the column's values cannot be compared with what the filter asks for.
-    """
-    values = table[_column(wanted)]
-    try:
-        if pa.types.is_dictionary(values.type):
-            values = values.cast(values.type.value_type)
-        of_bounds = values.type if pa.types.is_floating(values.type) else pa.float64()
-        tests = []
-        if wanted.at_least is not None:
-            tests.append(pc.greater_equal(values, pa.scalar(wanted.at_least, of_bounds)))
-        if wanted.at_most is not None:
-            tests.append(pc.less_equal(values, pa.scalar(wanted.at_most, of_bounds)))
-        if wanted.one_of is not None:
-            tests.append(pc.is_in(values, value_set=pa.array(wanted.one_of, values.type)))
-    except (pa.ArrowException, TypeError) as error:
-        raise EvenmixError(
-            f"the filter {wanted} cannot be applied to {_folder(wanted)}, whose column has values "
-            f"of type {values.type} ({error}); correct mixture.filters"
-        ) from error
-    return pc.fill_null(reduce(pc.and_, tests), False)
 
 
 def _uncaptioned(sets: Sequence[pa.Table], usable: Sequence[str]) -> Any:

@@ -8,9 +8,12 @@ from pydantic import AfterValidator, Discriminator, Field, FiniteFloat, Tag, mod
 
 from pipeline.config_file import Name, Section
 from pipeline.images import ImageFormat, Resample
+from pipeline.records import ATTRIBUTES, IMAGES
 
 Outcome = Literal["ok", "truncated", "repeating", "wrong_script"]
 """The outcomes of captions that have a text which a mixture might want."""
+
+Datasets = Annotated[list[Name], Field(min_length=1)]
 
 
 class Filter(Section):
@@ -24,8 +27,8 @@ class Filter(Section):
     column: str
     at_least: FiniteFloat | None = None
     at_most: FiniteFloat | None = None
-    one_of: list[str | int | bool] | None = None
-    datasets: list[Name] | None = None
+    one_of: Annotated[list[str | int | bool], Field(min_length=1)] | None = None
+    datasets: Datasets | None = None
 
     @model_validator(mode="after")
     def _asks_for_something(self) -> "Filter":
@@ -34,14 +37,19 @@ class Filter(Section):
         return self
 
     @property
-    def table(self) -> str | None:
-        """The attribute table that has the column, None for the index."""
-        table, dot, _ = self.column.rpartition(".")
-        return table if dot else None
+    def folder(self) -> str:
+        """The folder below R whose tables have the column."""
+        table = self.column.rpartition(".")[0]
+        return f"{ATTRIBUTES}/{table}" if table else IMAGES
+
+    @property
+    def column_name(self) -> str:
+        """The column as its table names it."""
+        return self.column.rpartition(".")[2]
 
     def __str__(self) -> str:
         bounds = [
-            f"{sign} {bound:g}"
+            f"{sign} {bound:,.15g}"
             for sign, bound in ((">=", self.at_least), ("<=", self.at_most))
             if bound is not None
         ]
@@ -50,7 +58,7 @@ class Filter(Section):
         return f"{self.column} {' and '.join(bounds)}"
 
 
-CAP = re.compile(r"cap:([1-9][\d_]*)")
+CAP = re.compile(r"cap:([1-9]\d*(?:_\d+)*)")
 
 
 def _weighting(text: str) -> str:
@@ -87,8 +95,9 @@ class Mixture(Section):
     picture without any is not taken.
 
     The shorter edge is brought to ``resolution``; ``crop`` is ``square`` (i1: the middle is cut
-    out) or ``none`` (the whole picture). Pictures whose shorter edge is below
-    ``min_short_edge_px``, by default the resolution, are not taken.
+    out) or ``none`` (the whole picture, but for the ends of one that is longer than 4:1, which are
+    cut off). Pictures whose shorter edge is below ``min_short_edge_px``, by default the resolution,
+    are not taken.
     """
 
     preset: str | None = None
@@ -98,7 +107,7 @@ class Mixture(Section):
     captions_of: dict[Name, CaptionSets] = {}
     captions_per_image: Annotated[int, Field(ge=1)] | None = None
     outcomes: Annotated[list[Outcome], Field(min_length=1)] = ["ok", "truncated"]
-    datasets: list[Name] | None = None
+    datasets: Datasets | None = None
     without: list[Name] = []
     weights: Weights = "equal"
     images_per_dataset: Annotated[int, Field(ge=1)] | None = None

@@ -18,6 +18,9 @@ SOURCES = "sources"
 EXCLUSIONS = "exclusions"
 """The folder below R with the lists of excluded pictures that were used."""
 
+ATTRIBUTES = "attributes"
+"""The folder below R with tables that users bring, for the filters of mixtures."""
+
 NOTES = "notes"
 """The folder below R where runs note things for later ones; no part of the corpus."""
 

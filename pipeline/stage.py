@@ -36,7 +36,7 @@ from pipeline.summary import (
 
 REJECTED_SUFFIX = ".rejected.parquet"
 OBSERVED_SUFFIX = ".fetch.parquet"
-_CONCURRENT_READS = 16
+_CONCURRENT_READS = 64  # of footers, which are a few kilobytes
 
 
 @dataclass(frozen=True)

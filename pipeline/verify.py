@@ -28,7 +28,7 @@ from pipeline.mirror_manifest import MANIFEST as MIRROR_MANIFEST
 from pipeline.progress import console, counts_table
 from pipeline.reasons import PictureError
 from pipeline.receipts import Checksum, Counts, Receipt, checksum, read_receipt, table_digest, total
-from pipeline.records import EXCLUSIONS, NOTES, SOURCES
+from pipeline.records import ATTRIBUTES, EXCLUSIONS, NOTES, SOURCES
 from pipeline.stage import OBSERVED_SUFFIX, REJECTED_SUFFIX
 from pipeline.summary import SUMMARY, Summary, previous_generation, summarise
 
@@ -113,7 +113,7 @@ def verify(root: str, deep: bool) -> tuple[dict[str, Counts], list[str]]:
     findings += [
         f"{storage.join(root, name)}: belongs to no finished work; start its stage again"
         for name in sorted(files - explained)
-        if not name.startswith((f"{SOURCES}/", f"{EXCLUSIONS}/", f"{NOTES}/"))
+        if not name.startswith((f"{SOURCES}/", f"{EXCLUSIONS}/", f"{NOTES}/", f"{ATTRIBUTES}/"))
     ]
     recounted = {folder: total(parts).without_retried() for folder, parts in counts.items()}
     return recounted, findings

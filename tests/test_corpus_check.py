@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mixing.corpus_check import check_corpus
+from pipeline import storage
 from pipeline.errors import EvenmixError
 from tests.table_corpus import NUMBERS, RECIPE, recipe_of, write_attributes, write_corpus
 
@@ -69,6 +70,36 @@ def test_everything_is_told_at_once_and_what_datasets_share_once(root: str) -> N
         "mean 'source'?",
         "attributes/qality, which mixture.filters name, is missing: set; did you mean 'quality'?",
     ]
+
+
+def test_filters_that_cannot_be_applied_are_told(root: str) -> None:
+    write_attributes(root, "quality", {"word": pa.array(["fine" for _ in NUMBERS])})
+    filters = [
+        {"column": "quality.word", "at_least": 1, "datasets": ["set"]},
+        {"column": "quality.word", "one_of": ["fine"], "datasets": ["set"]},
+        {"column": "width", "one_of": ["wide"]},
+    ]
+    columns, of_index = obstacles(root, filters=filters)[::-1]
+    assert of_index.startswith("the filter width in wide cannot be applied to images, whose column")
+    assert of_index.endswith("correct mixture.filters: other, set")
+    assert columns.startswith(
+        "the filter quality.word >= 1 cannot be applied to attributes/quality"
+    )
+    assert columns.endswith("correct mixture.filters: set")
+
+
+def test_a_family_is_listed_once_for_hints(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = list[str]()
+    list_files = storage.list_files
+
+    def noting(url: str) -> list[storage.FileInfo]:
+        listed.append(url)
+        return list_files(url)
+
+    monkeypatch.setattr(storage, "list_files", noting)
+    changes = {"captions": {"sorce": {"engine": "source"}}}
+    assert len(obstacles(root, changes, captions="sorce")) == 1
+    assert listed == [f"{root}/captions"]
 
 
 def test_caption_sets_are_named_where_none_is_alike(root: str) -> None:

@@ -25,9 +25,10 @@ from captioning import caption
 from dedup import deduplicate, steps
 from mixing import gather, mix
 from mixing.manifest import load_manifest
-from mixing.select import Selection, read_selection
+from mixing.select import Select, Selection, read_selection
 from pipeline import images, ingest, storage
 from pipeline.beam_job import RunnerOptions
+from pipeline.candidates import Candidates
 from pipeline.errors import EvenmixError
 from pipeline.funnel import funnel_table
 from pipeline.images import Limits
@@ -181,12 +182,19 @@ def samples(root: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 @pytest.fixture(scope="module")
-def expected(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The mixture as it is cut by default: from whole tars, in one pass."""
-    folder = shutil.copytree(corpus, tmp_path_factory.mktemp("expected") / "c")
+def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the corpus with the mixture as it is cut by default: whole tars, in one pass."""
+    folder = Path(shutil.copytree(corpus, tmp_path_factory.mktemp("finished") / "c"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mix, "run_stage", here)
-        return cut(folder)
+        cut(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(finished: Path) -> dict[str, bytes]:
+    """The files of that mixture."""
+    return files(finished)
 
 
 @pytest.mark.parametrize("reads_whole", [True, False])
@@ -231,16 +239,15 @@ def test_the_ways_of_the_largest_dataset(tmp_path: Path) -> None:
         assert 0 <= route.num_lots * route.num_parts - route.num_files < route.num_parts
 
 
-def test_samples_are_what_the_recipe_says(copied: Path, expected: dict[str, bytes]) -> None:
-    assert cut(copied) == expected
-    recipe = recipe_of(copied)
+def test_samples_are_what_the_recipe_says(finished: Path) -> None:
+    recipe = recipe_of(finished)
     tables = [
         storage.read_parquet(file.url)
         for file in storage.list_files(f"{recipe.root}/images/crops")
         if file.name.endswith(".parquet") and "rejected" not in file.name
     ]
     originals = {row["key"]: row for table in tables for row in table.to_pylist()}
-    taken = [found for found in samples(copied) if found[0].startswith("crops/")]
+    taken = [found for found in samples(finished) if found[0].startswith("crops/")]
     keys = [sample["json"]["key"] for _, sample in taken]
     wanted = {key_of("crops", str(n)) for n in range(NUM_CROPS) if n % 19}
     assert len(keys) == len(set(keys))
@@ -281,10 +288,9 @@ def test_samples_are_what_the_recipe_says(copied: Path, expected: dict[str, byte
 
 
 def test_a_mixture_that_is_finished_is_left_alone_and_leaves_nothing_behind(
-    copied: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cut(copied)
-    root = copied / "corpus"
+    root = finished / "corpus"
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
     assert not [path for path in (root / "exchange" / "mixture-m").rglob("*") if path.is_file()]
     folders = list[str]()
@@ -295,7 +301,7 @@ def test_a_mixture_that_is_finished_is_left_alone_and_leaves_nothing_behind(
         return here(stage, items, runner)
 
     monkeypatch.setattr(mix, "run_stage", noting)
-    cut(copied)
+    cut(finished)
     assert folders == ["selections/m", "mixtures/m"]
     after = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
     assert after == before
@@ -355,14 +361,33 @@ def test_two_builds_at_once_do_not_mind_that_one_ends_first(
     assert cut(copied) == expected
 
 
-def test_another_mixture_of_the_name_is_refused(copied: Path, expected: dict[str, bytes]) -> None:
-    cut(copied)
+def test_another_mixture_of_the_name_is_refused(finished: Path, expected: dict[str, bytes]) -> None:
     for changed in ({"resolution": 16}, {"images_per_dataset": 9}, {"crop": "none"}):
         with pytest.raises(EvenmixError, match=r"mixture\.name|another name"):
-            cut(copied, **changed)
-    with pytest.raises(EvenmixError, match=r"mixture\.json describes another mixture"):
-        cut(copied, weights={"crops": 0.3, "tiny": 0.7})
-    assert files(copied) == expected
+            cut(finished, **changed)
+    with pytest.raises(
+        EvenmixError,
+        match=r'mixture\.json describes another mixture \(crops\.weight: "1/2" -> "3/10"; tiny',
+    ):
+        cut(finished, weights={"crops": 0.3, "tiny": 0.7})
+    assert files(finished) == expected
+
+
+def test_a_finished_mixture_takes_no_other_dataset_and_none_is_written(copied: Path) -> None:
+    alone = cut(copied, datasets=["tiny"])
+    with pytest.raises(EvenmixError, match=r"another mixture \(crops: null -> .*; tiny\.weight: "):
+        cut(copied)
+    assert files(copied) == alone
+
+
+def test_a_recipe_that_leaves_nothing_may_be_relaxed_under_its_name(
+    copied: Path, expected: dict[str, bytes]
+) -> None:
+    too_wide = {"column": "width", "at_least": 1e6, "datasets": ["tiny"]}
+    told = r"left for the mixture in: tiny \(filtered: width >= 1,000,000 5\)\. Relax the recipe"
+    with pytest.raises(EvenmixError, match=told):
+        cut(copied, filters=[too_wide])
+    assert cut(copied) == expected
 
 
 def reads_of_tars(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int | None]]:
@@ -491,13 +516,15 @@ def test_memory_is_that_of_a_group_however_large_the_corpus(
 ) -> None:
     """With a tenth of the shards a group, the memory is a third: most of it are the samples."""
     recipe = recipe_of(copied, resolution=112, datasets=["crops"])
-    cut(copied, resolution=112, datasets=["crops"])
+    for stage in (Candidates(recipe, with_captions=True), Select(recipe)):
+        run_here(stage, stage.plan())
     chosen = read_selection(recipe, "crops")
     peaks = list[int]()
     for shards_per_group in (2, 19):
         monkeypatch.setattr(gather, "SHARDS_PER_GROUP", shards_per_group)
-        stage = gather.Gather(recipe, {"crops": gather.route_of(recipe, chosen)})
-        peaks.append(max(peak(stage, item) for item in stage.plan({"crops": {}})))
+        gathering = gather.Gather(recipe, {"crops": gather.route_of(recipe, chosen)})
+        items = gathering.plan({"crops": {}})[:3]  # the others are alike
+        peaks.append(max(peak(gathering, item) for item in items))
     assert peaks[0] < 0.4 * peaks[1]
 
 

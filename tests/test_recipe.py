@@ -74,12 +74,14 @@ def test_caption_sets_have_exact_shares_by_dataset(tmp_path: Path) -> None:
 
 def test_a_filter_says_what_it_asks_for_and_where(tmp_path: Path) -> None:
     text = GOOD + (
-        "[[mixture.filters]]\ncolumn = 'quality.score'\nat_least = 0.5\nat_most = 2\n"
+        "[[mixture.filters]]\ncolumn = 'quality.score'\nat_least = 0.5\nat_most = 1_234_567\n"
         "[[mixture.filters]]\ncolumn = 'licence'\none_of = ['CC0 1.0', 'MIT']\n"
     )
     score, licence = load(tmp_path, text).mixture.filters
-    assert (str(score), score.table) == ("quality.score >= 0.5 and <= 2", "quality")
-    assert (str(licence), licence.table) == ("licence in CC0 1.0, MIT", None)
+    assert str(score) == "quality.score >= 0.5 and <= 1,234,567"
+    assert (score.folder, score.column_name) == ("attributes/quality", "score")
+    assert str(licence) == "licence in CC0 1.0, MIT"
+    assert (licence.folder, licence.column_name) == ("images", "licence")
 
 
 def test_open_clip_wants_thresholds_of_its_own(tmp_path: Path) -> None:
@@ -163,6 +165,11 @@ def test_all_mistakes_come_at_once_with_a_suggestion_for_each_unknown_key(tmp_pa
         ),
         (
             'captions = "own"',
+            'captions = "own"\nweights = "cap:1_"',
+            "mixture.weights.name: 'cap:1_' is none of 'equal', 'size', 'cap:1_000_000' or a table",
+        ),
+        (
+            'captions = "own"',
             "captions = {}",
             "mixture.captions.shares: Dictionary should have at least 1 item",
         ),
@@ -185,6 +192,11 @@ def test_all_mistakes_come_at_once_with_a_suggestion_for_each_unknown_key(tmp_pa
             'captions = "own"',
             'captions = "own"\nwithout = ["cats", "dogs"]',
             "mixture.without leaves no dataset",
+        ),
+        (
+            'captions = "own"',
+            'captions = "own"\ndatasets = []',
+            "mixture.datasets: List should have at least 1 item after validation, not 0",
         ),
         (
             'captions = "own"',

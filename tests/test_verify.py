@@ -49,6 +49,13 @@ def test_a_corpus_as_published_has_no_findings(root: Path, deep: bool) -> None:
     assert verify(str(root), deep) == ({"images/d": COUNTS}, [])
 
 
+def test_tables_that_users_bring_are_no_leftovers(root: Path) -> None:
+    table = root / "attributes/quality/d/folder-000000000.parquet"
+    table.parent.mkdir(parents=True)
+    table.write_bytes(b"theirs")
+    assert verify(str(root), deep=False) == ({"images/d": COUNTS}, [])
+
+
 def test_a_mirrored_source_is_compared_with_its_manifest(root: Path, tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(bytes(10_240))
     spec = Dataset(layout="tar", source=str(tmp_path / "a.tar"), licence="CC0 1.0", mirror=True)
