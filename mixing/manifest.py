@@ -40,11 +40,11 @@ MAX_COMMON_DENOMINATOR = 65_536
 
 def _exact_fraction(text: str) -> str:
     try:
-        in_lowest_terms = str(Fraction(text)) == text
+        is_share = str(Fraction(text)) == text and 0 <= Fraction(text) <= 1
     except ZeroDivisionError:
-        in_lowest_terms = False
-    if not in_lowest_terms:
-        raise ValueError(f"{text!r} is not a fraction in lowest terms such as 1/11")
+        is_share = False
+    if not is_share:
+        raise ValueError(f"{text!r} is not a share, a fraction in lowest terms such as 1/11")
     return text
 
 
@@ -127,7 +127,13 @@ def load_manifest(mixture_url: str) -> Manifest:
     try:
         manifest = Manifest.model_validate_json(storage.read_bytes(url))
     except ValidationError as error:
-        raise EvenmixError(f"{url} is not a mixture manifest: {error}") from error
+        first, *others = error.errors()
+        place = ".".join(str(part) for part in first["loc"]) or "(the whole file)"
+        raise EvenmixError(
+            f"{url} is no manifest of a mixture: {place}: {first['msg']}"
+            + (f", and {len(others)} more mistakes" if others else "")
+            + "; copy or mix it again"
+        ) from error
     total = sum(Fraction(dataset.weight) for dataset in manifest.datasets)
     if total != 1:
         raise EvenmixError(f"{url}: the weights of its datasets sum to {total}, not to 1")

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import struct
 import threading
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from fractions import Fraction
 from itertools import islice, pairwise
 from pathlib import Path
@@ -293,6 +295,34 @@ def test_an_epoch_keeps_the_budget_of_requests_and_bytes(
         assert url != next_url or offset + num_bytes <= next_offset
 
 
+def test_epochs_shorter_than_a_block_keep_the_budget_of_requests(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Epochs are 62.5 steps and a block 64: a process has two stretches of each dataset."""
+    requests = []
+
+    def refuse(*stretch: Any) -> Future[Stretch]:
+        requests.append(stretch)
+        nothing = Future[Stretch]()
+        nothing.set_exception(EvenmixError("there is nothing"))
+        return nothing
+
+    monkeypatch.setattr(SampleReader, "fetch", refuse)
+    processes, batch_size, block, num_blocks = 16, 32, 64, 20
+    manifest = many_shards(2, 1)
+    assert block_steps(manifest, batch_size) == block
+    for process in range(processes):
+        data = TrainingData(
+            "nowhere", manifest, 0, batch_size, process_index=process, num_processes=processes
+        )
+        for number in range(num_blocks - 1):  # and the one after it
+            with pytest.raises(EvenmixError, match="there is nothing"):
+                data.batch(number * block)
+    samples = num_blocks * block * batch_size
+    runs = Fraction(samples, 64) + 2 * Fraction(samples, 1000)
+    assert len(requests) <= runs + processes * (2 + 2) * num_blocks
+
+
 def test_threads_that_ask_at_once_read_once(whole: str, reads: Reads) -> None:
     alone, asked = training_data(whole), training_data(whole)
     reads.take()
@@ -307,6 +337,41 @@ def test_threads_that_ask_at_once_read_once(whole: str, reads: Reads) -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(ask, range(8)))
     assert reads.take() == expected
+
+
+def test_threads_that_overtake_each_other_read_nothing_twice(
+    whole: str, monkeypatch: pytest.MonkeyPatch, reads: Reads
+) -> None:
+    monkeypatch.setattr(train.data, "MAX_BLOCK_STEPS", 1)
+    done = []
+    for steps in ([0, 1, 2, 3, 4, 5], [0, 5, 4, 3, 2, 1]):
+        data = TrainingData(whole, load_manifest(whole), 0, BATCH_SIZE, threads=4)
+        for step in steps:
+            data.batch(step)
+        done.append([read for read in reads.take() if read[0].endswith(".tar")])
+    assert done[0] == done[1]
+
+
+def test_what_is_not_read_yet_is_given_up_on_closing(
+    whole: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = load_manifest(whole)
+    reader = SampleReader(whole, manifest, manifest.datasets, "train")
+    read_bytes, answer = storage.read_bytes, threading.Event()
+
+    def answer_late(*arguments: Any) -> bytes:
+        answer.wait(timeout=10)
+        return read_bytes(*arguments)
+
+    monkeypatch.setattr(storage, "read_bytes", answer_late)
+    ahead = [reader.fetch(0, sample, 1) for sample in range(60)]
+    with ThreadPoolExecutor(1) as pool:
+        closed = pool.submit(reader.close)
+        with pytest.raises(CancelledError):
+            ahead[-1].result()
+        answer.set()
+        closed.result()
+    assert sum(not stretch.cancelled() for stretch in ahead) < 8
 
 
 def test_batches_from_gs_are_those_of_the_disk_with_one_request_a_read(
@@ -393,8 +458,8 @@ def test_a_broken_member_is_replaced_by_the_next_one_and_counted(tmp_path: Path)
     assert changed == [("a 17 caption 0", "a 18 caption 0")]
 
 
-def no_json(tar: bytes) -> bytes:
-    return tar.replace(b'"captions"', b'"nothing"')
+def no_captions(tar: bytes) -> bytes:
+    return tar.replace(b'"captions"', b'"captured"')
 
 
 def other_key(tar: bytes) -> bytes:
@@ -406,30 +471,68 @@ def deep_json(tar: bytes) -> bytes:
     return tar[:start] + b"[" * 90 + tar[start + 90 :]
 
 
-@pytest.mark.parametrize("change", [no_json, other_key, deep_json])
+def number_for_text(tar: bytes) -> bytes:
+    return tar.replace(b'"a 0 caption 0"', b"1234567890.1234")
+
+
+def half_a_character(tar: bytes) -> bytes:
+    return tar.replace(b'"a 0 caption 0"', b'"\\ud83d captio"')
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (no_captions, "KeyError: 'captions'"),
+        (other_key, "another sample is in its place: 'b00000'"),
+        (deep_json, "JSONDecodeError"),
+        (number_for_text, "a caption is 1234567890.1234"),
+        (half_a_character, "surrogates not allowed"),
+    ],
+)
 def test_json_that_cannot_be_used_is_a_broken_member(
-    tmp_path: Path, change: Callable[[bytes], bytes]
+    tmp_path: Path, change: Callable[[bytes], bytes], told: str
 ) -> None:
     url = write_mixture(tmp_path / "m", {"a": members("a", 1)})
     path = Path(url) / "a/train-00000.tar"
     path.write_bytes(change(path.read_bytes()))
-    with pytest.raises(EvenmixError, match=r"train-00000\.tar: none of the 1 samples"):
+    with pytest.raises(EvenmixError, match=rf"tar, the JSON of sample a00000 \(.*{told}"):
         training_data(url).batch(0)
 
 
-def test_a_picture_of_another_size_is_a_broken_member(tmp_path: Path) -> None:
-    wide = Member("k0", png(np.zeros((8, 9, 3), np.uint8)), ["wide"])
-    grey = Member("k1", png(np.full((8, 8), 7, np.uint8)), ["grey"])
-    url = write_mixture(tmp_path / "m", {"a": [wide, grey]})
-    batch = training_data(url, batch_size=2).batch(0)
-    assert (batch.captions, batch.num_replaced) == (["grey", "grey"], 1)
-    assert np.all(batch.pictures == 7)
+def bomb() -> bytes:
+    """A PNG whose header says 30,000 x 30,000 pixels."""
+    small = png(picture(0))
+    header = small[12:16] + struct.pack(">II", 30_000, 30_000) + small[24:29]
+    return small[:12] + header + struct.pack(">I", zlib.crc32(header)) + small[33:]
+
+
+@pytest.mark.parametrize(
+    ("odd", "told"),
+    [
+        (png(np.zeros((8, 9, 3), np.uint8)), "9 x 8 pixels of mode RGB"),
+        (png(np.zeros((8, 8), np.uint8)), "8 x 8 pixels of mode L"),
+        (png(np.zeros((8, 8), np.uint16)), "8 x 8 pixels of mode I;16"),
+        (png(np.zeros((8, 8, 4), np.uint8)), "8 x 8 pixels of mode RGBA"),
+        (bomb(), "DecompressionBombError"),
+        (png(picture(0))[:-26], "OSError: image file is truncated"),
+    ],
+    ids=["wide", "grey", "16 bits", "transparent", "bomb", "cut"],
+)
+def test_a_picture_that_mix_would_not_write_is_a_broken_member(
+    tmp_path: Path, odd: bytes, told: str
+) -> None:
+    url = write_mixture(tmp_path / "m", {"a": [Member("k0", odd, ["odd"])]})
+    with pytest.raises(EvenmixError, match=rf"tar, the picture of sample k0 \(.*{told}"):
+        training_data(url).batch(0)
 
 
 def test_a_shard_without_a_whole_sample_is_an_error(tmp_path: Path) -> None:
     broken = [Member("k0", b"no picture", ["x"]), Member("k1", png(picture(0)), [])]
     url = write_mixture(tmp_path / "m", {"a": broken})
-    with pytest.raises(EvenmixError, match=r"a/train-00000\.tar: none of the 2 samples"):
+    with pytest.raises(
+        EvenmixError,
+        match=r"a/train-00000\.tar, the .* cannot be used, nor can the 1 samples after it",
+    ):
         training_data(url).batch(0)
 
 
@@ -509,6 +612,25 @@ def test_an_offset_index_that_disagrees_is_named(tmp_path: Path) -> None:
         assert said in errors()
     path.write_bytes(b"PAR1 nothing PAR1")
     assert "copy or mix the shard again" in errors()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["datasets"][0].update(weight="-1"), r"datasets\.0\.weight: .*'-1' is not a"),
+        (lambda m: m["datasets"][0].update(weight="2/4"), r"'2/4' is not a share"),
+        (lambda m: m.update(version=1), r"version: Input should be 2"),
+        (lambda m: m["datasets"][0]["train"].update(num_samples=7), "its shards have 60"),
+        (lambda m: m.clear(), r"name: Field required, and \d more mistakes"),
+    ],
+)
+def test_a_bad_manifest_is_one_clear_error(
+    tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    url = write_mixture(tmp_path / "m", {"a": members("a", 60)})
+    change_manifest(url, change)
+    with pytest.raises(EvenmixError, match=message):
+        load_manifest(url)
 
 
 def test_a_manifest_that_cannot_be_trained_from_is_an_error(tmp_path: Path) -> None:

@@ -5,25 +5,28 @@ nothing but calling the function early, in threads. With P processes each asks f
 the batch, and all rows together are the batch that one process would have.
 
 Requests. Steps are read in blocks of K: so many that the samples of a block have about BLOCK_BYTES,
-at most MAX_BLOCK_STEPS. In K_j of these steps (K, or fewer if an epoch of dataset j has no more) a
-process has one stretch of neighbouring positions of the dataset (:meth:`Schedule.deal`), and reads
-it in runs of up to SAMPLES_PER_RUN samples, a request each, that end early only where the stretch
-or a shard ends. With B samples a batch, and s shards passed a batch (B times the sum of weight *
-shards / samples over the datasets), the requests a batch come to at most
+at most MAX_BLOCK_STEPS. For dataset j they are divided into n_j spans, of K steps or, if that is
+less, of an epoch. In a span a process has one stretch of neighbouring positions of the dataset
+(:meth:`Schedule.deal`), and reads it in runs of up to SAMPLES_PER_RUN samples, a request each, that
+end early only where the stretch or a shard ends. With B samples a batch, and s shards passed a
+batch (B times the sum of weight * shards / samples over the datasets), the requests a batch come to
+at most
 
-    B / 64 + 2 P sum(1 / K_j) + 3 s
+    B / 64 + 2 P sum(n_j) / K + 3 s
 
-over all processes: B / 64 + 2 s runs, as a shard begins and ends with a shorter one; P sum(1 / K_j)
+over all processes: B / 64 + 2 s runs, as a shard begins and ends with a shorter one; P sum(n_j) / K
 stretches that begin within a run; and as many reads of offset indexes as there are pairs of a
-stretch and a shard, P sum(1 / K_j) + s. A broken sample costs one more for each that is tried in
+stretch and a shard, P sum(n_j) / K + s. A broken sample costs one more for each that is tried in
 its place. All processes together read a byte of the shards at most once an epoch of its dataset;
 each reads the index of a shard. (A run that is resumed reads its first block from the beginning.)
 
-Memory: three blocks at most, the one in use, the one before and the one after, which is read ahead:
-3 * max(BLOCK_BYTES, one batch) / P. To these come the pictures of the batches that are prepared,
-and some megabytes of offset indexes.
+Memory: with up to K threads three blocks at most, the one in use, the one before and the one after,
+which is read ahead: 3 * max(BLOCK_BYTES, one batch) / P. In general it is 2 + threads / K blocks,
+rounded up, as the slowest thread may still be at a step while the others are so many further. To
+these come the pictures of the batches that are prepared, and some megabytes of offset indexes.
 """
 
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Generator
@@ -87,7 +90,10 @@ class _Block:
 
 
 class TrainingData:
-    """The training split of a mixture, batch by batch; threads may ask for different steps.
+    """The training split of a mixture, batch by batch.
+
+    ``threads`` may ask for neighbouring steps at once, such as those of :func:`prefetch`, which is
+    to be closed before this is.
 
     Raises:
         EvenmixError: the mixture cannot be trained from, or the batch not be divided.
@@ -102,6 +108,7 @@ class TrainingData:
         *,
         process_index: int = 0,
         num_processes: int = 1,
+        threads: int = 1,
     ):
         if batch_size % num_processes:
             raise EvenmixError(
@@ -139,7 +146,8 @@ class TrainingData:
         # Shards are numbered through all datasets, samples through all shards.
         self._first_shard = np.cumsum([0, *map(len, sizes)])
         self._first_sample = np.cumsum([0, *(size for of_dataset in sizes for size in of_dataset)])
-        self._blocks = lru_cache(maxsize=3)(self._read_block)
+        num_blocks = 2 + math.ceil(threads / self._block_steps)
+        self._blocks = lru_cache(maxsize=num_blocks)(self._read_block)
         self._replaced: deque[int] = deque(maxlen=max(1, WATCHED_SAMPLES // self._num_rows))
         self._lock = threading.Lock()
 
@@ -163,10 +171,23 @@ class TrainingData:
             try:
                 captions.append(self._reader.decode(stretch, sample, seed, out))
             except BrokenSample as error:
-                captions.append(self._replacement(block, row, within, seed, out))
+                captions.append(self._replacement(error, block, (row, within), seed, out))
                 replaced.append(error)
         self._watch(replaced)
         return Batch(pictures, captions, len(replaced))
+
+    def keys(self, step: int) -> list[str]:
+        """Return the keys of the samples that :meth:`batch` draws, broken ones among them."""
+        number, within = divmod(step, self._block_steps)
+        with self._lock:
+            block = self._blocks(number)
+        stretches = [block.stretches[stretch].result() for stretch in block.stretch[:, within]]
+        places = zip(stretches, block.sample[:, within], strict=True)
+        return [stretch.index.keys[sample] for stretch, sample in places]
+
+    def close(self) -> None:
+        """Give up what is being read ahead, so that nobody waits for it at the end."""
+        self._reader.close()
 
     def _read_block(self, number: int) -> _Block:
         """Work out the draws of a block, and begin to read what they need."""
@@ -195,13 +216,15 @@ class TrainingData:
         of_draw = np.searchsorted(wanted[begins], numbers, side="right") - 1
         return _Block(datasets, epochs, shards, samples, of_draw, stretches)
 
-    def _replacement(self, block: _Block, row: int, within: int, seed: str, out: np.ndarray) -> str:
+    def _replacement(
+        self, broken: BrokenSample, block: _Block, at: tuple[int, int], seed: str, out: np.ndarray
+    ) -> str:
         """Decode the next whole sample in the order of a broken one's shard; return its caption."""
-        dataset, shard = int(block.dataset[row, within]), int(block.shard[row, within])
+        dataset, shard = int(block.dataset[at]), int(block.shard[at])
         order = self._orders[dataset].samples_of(
-            int(block.epoch[row, within]), shard - int(self._first_shard[dataset])
+            int(block.epoch[at]), shard - int(self._first_shard[dataset])
         )
-        place = int(np.flatnonzero(order == block.sample[row, within])[0])
+        place = int(np.flatnonzero(order == block.sample[at])[0])
         following = np.roll(order, -place)[1:_MAX_TRIES].tolist()
         for sample in following:
             stretch = self._reader.fetch(shard, sample, 1).result()
@@ -210,8 +233,8 @@ class TrainingData:
             except BrokenSample:
                 continue
         raise EvenmixError(
-            f"{self._reader.shard_url(shard)}: none of the {len(following) + 1} samples that were "
-            "tried can be used; copy or mix this shard again"
+            f"{broken} cannot be used, nor can the {len(following)} samples after it in this "
+            "shard; copy or mix it again"
         )
 
     def _watch(self, replaced: list[BrokenSample]) -> None:

@@ -25,9 +25,7 @@ from pipeline.errors import EvenmixError
 from train.schedule import hash_text
 
 _REQUESTS_AT_ONCE = 8
-_INDEXES_PER_DATASET = (
-    4  # a block of steps ends in one shard and begins in another, and so the next
-)
+_INDEXES_PER_DATASET = 4  # a block of steps ends in one shard, begins in another; so does the next
 
 
 class BrokenSample(Exception):
@@ -121,6 +119,10 @@ class SampleReader:
             # that is reading it.
             return self._pool.submit(self._read_stretch, index, shard, first, count)
 
+    def close(self) -> None:
+        """Give up what has not been read yet; wait for the requests that are under way."""
+        self._pool.shutdown(cancel_futures=True)
+
     def decode(self, stretch: Stretch, sample: int, seed: str, out: np.ndarray) -> str:
         """Decode a sample's picture into ``out`` (R, R, 3) uint8; return the caption drawn for it.
 
@@ -148,9 +150,11 @@ class SampleReader:
     def _decode_picture(self, data: bytes, out: np.ndarray) -> None:
         ImageFile.LOAD_TRUNCATED_IMAGES = False  # another library may have set it
         with Image.open(io.BytesIO(data), formats=[self._format]) as picture:
-            if picture.size != (self._resolution, self._resolution):
-                raise ValueError(f"it has {picture.width} x {picture.height} pixels")
-            out[:] = np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
+            # Only the header has been read so far.
+            if picture.size != (self._resolution, self._resolution) or picture.mode != "RGB":
+                size = f"{picture.width} x {picture.height}"
+                raise ValueError(f"it has {size} pixels of mode {picture.mode}")
+            out[:] = np.asarray(picture)
 
     def _broken(self, shard: int, key: str, member: str, error: Exception) -> BrokenSample:
         reason = f"{type(error).__name__}: {error}"[:200]
@@ -210,7 +214,7 @@ def draw_caption(captions: list[dict[str, Any]], shares: Mapping[str, int], draw
     ``draw`` is a 56-bit hash. Sets that the sample lacks leave their share to the others.
 
     Raises:
-        ValueError: the sample has no caption of these sets.
+        ValueError: the sample has no caption of these sets, or the one that is drawn is no text.
     """
     by_set: dict[str, list[str]] = {}
     for caption in captions:
@@ -226,4 +230,8 @@ def draw_caption(captions: list[dict[str, Any]], shares: Mapping[str, int], draw
             break
         point -= width
     texts = by_set[name]
-    return texts[point * len(texts) // width]
+    text = texts[point * len(texts) // width]
+    if not isinstance(text, str):
+        raise ValueError(f"a caption is {text!r}")
+    text.encode()  # JSON can have half a character (a lone surrogate), which is no Unicode
+    return text

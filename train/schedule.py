@@ -9,11 +9,11 @@ each in another order. Nothing here has a state: a run that knows its step knows
 import hashlib
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, pairwise
 
 import numpy as np
 
@@ -122,18 +122,19 @@ class EpochOrder:
 
         All are (num_positions,).
         """
-        epochs, places = np.divmod(positions, self._num_samples)
-        shards, samples = np.empty_like(places), np.empty_like(places)
-        for epoch in np.unique(epochs).tolist():
-            now = epochs == epoch
+        # In ascending order those of an epoch are neighbours, and in it those of a shard.
+        ascending, inverse = np.unique(positions, return_inverse=True)
+        epochs, samples = np.divmod(ascending, self._num_samples)
+        shards = np.empty_like(samples)
+        for epoch, now in _groups(epochs):
             order, ends = self._shards_of(epoch)
-            turns = np.searchsorted(ends, places[now], side="right")
+            turns = np.searchsorted(ends, samples[now], side="right")
             shards[now] = order[turns]
-            samples[now] = places[now] - ends[turns] + self._sizes[order[turns]]
-            for shard in np.unique(shards[now]).tolist():
-                here = now & (shards == shard)
-                samples[here] = self.samples_of(epoch, shard)[samples[here]]
-        return epochs, shards, samples
+            samples[now] -= (ends - self._sizes[order])[turns]
+            for turn, here in _groups(turns):
+                of_shard = self.samples_of(epoch, int(order[turn]))
+                samples[now][here] = of_shard[samples[now][here]]
+        return epochs[inverse], shards[inverse], samples[inverse]
 
     def samples_of(self, epoch: int, shard: int) -> np.ndarray:
         """Return the order in which an epoch takes the samples of a shard."""
@@ -146,6 +147,13 @@ class EpochOrder:
         seed = hash_text(f"{self._seed}/{epoch}")
         order = np.argsort(hash_numbers(np.arange(len(self._sizes)), seed), kind="stable")
         return order, np.cumsum(self._sizes[order])
+
+
+def _groups(numbers: np.ndarray) -> Iterator[tuple[int, slice]]:
+    """Yield each number of an ascending array, and where it stands."""
+    different, begins = np.unique(numbers, return_index=True)
+    for number, ends in zip(different.tolist(), pairwise([*begins, len(numbers)]), strict=True):
+        yield number, slice(*ends)
 
 
 def hash_text(text: str) -> int:

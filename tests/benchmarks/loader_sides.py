@@ -53,7 +53,7 @@ def evenmix(mixture: Path, threads: int, step: int) -> Iterator[Batch]:
     url = str(mixture)
     manifest = load_manifest(url)
     check_mixture(url, manifest, manifest.resolution)
-    data = TrainingData(url, manifest, seed=0, batch_size=BATCH_SIZE)
+    data = TrainingData(url, manifest, seed=0, batch_size=BATCH_SIZE, threads=threads)
     return ((each.pictures, each.captions) for each in prefetch(data.batch, step, threads))
 
 
