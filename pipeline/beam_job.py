@@ -14,24 +14,23 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import psutil
 
 from pipeline.errors import EvenmixError
 from pipeline.notices import notices, send_notices
-from pipeline.stage import Stage
+from pipeline.stage import Stage, read_work_list
 
 _ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(4 << 20)}
 """glibc's settings in workers. By default each thread has a heap of its own, and all of them keep
-what pictures and shards have left free; with these it goes back to the system."""
+what pictures and shards have left free; with these it goes back to the system. They are read when
+a program starts: the fork server's, which workers are forked from in the end."""
 
-WORKER_MODULE = "pipeline.beam_worker"
-"""What the worker processes of a local job run."""
-
-_PIPELINE_MODULE = "pipeline.beam_pipeline"
+_PRELOADED = ["pipeline.beam_worker", "pipeline.beam_pipeline"]
 _LOST_WORKER_GRACE_S = 5.0
 _POLL_S = 0.5
 
@@ -67,9 +66,12 @@ def run(
         EvenmixError: an item cannot be done, or a worker process was lost.
         RuntimeError: an item failed in a way that evenmix does not know; the text has Beam's trace.
     """
+    num_items = sum(len(read_work_list(url)) for url in work_list_urls)
+    options = replace(options, workers=max(1, min(options.workers, num_items)))
     # A fork server has imported Beam once and has no threads, so each job starts at once.
+    os.environ.update(_ALLOCATOR)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([WORKER_MODULE, _PIPELINE_MODULE])
+    context.set_forkserver_preload(_PRELOADED)
     receiver, sender = context.Pipe(duplex=False)
     with notices() as news:
         environment = os.environ | news.environment
@@ -80,8 +82,8 @@ def run(
         sender.close()
         family: list[psutil.Process] = []
         try:
-            # The job sends its failure, or its end of the pipe closes.
-            while job.is_alive() and not receiver.poll(timeout=1.0):
+            # The job sends its failure, or ends.
+            while not wait([receiver, job.sentinel], timeout=1.0):
                 family = _family(job.pid) or family
                 while_waiting()
                 news.show()
@@ -98,9 +100,11 @@ def run(
 
 
 def _receive(receiver: Connection) -> Exception | None:
+    # A killed job's workers may still hold its end of the pipe.
     with contextlib.suppress(EOFError):
-        failure: Exception = receiver.recv()
-        return failure
+        if receiver.poll():
+            failure: Exception = receiver.recv()
+            return failure
     return None
 
 
@@ -120,10 +124,10 @@ def _job_main(
 ) -> None:
     """Run the pipeline; the body of the job's process."""
     # Only here, so that the command does without Beam.
-    from pipeline.beam_pipeline import failure_of, run_to_end  # noqa: PLC0415
+    from pipeline.beam_pipeline import failure_of, fork_workers, run_to_end  # noqa: PLC0415
 
     # The fork server has kept the environment of the moment when it was started.
-    os.environ.update(_ALLOCATOR | dict(environment))
+    os.environ.update(environment)
     # The parent handles Ctrl-C for both.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if options.is_local:
@@ -131,7 +135,8 @@ def _job_main(
         # a handler of its own is still logged.
         logging.getLogger().handlers = [logging.NullHandler()]
         send_notices()
-        threading.Thread(target=_watch_family, args=(sender,), daemon=True).start()
+        workers = fork_workers(options)
+        threading.Thread(target=_watch, args=(workers, sender), daemon=True).start()
     else:
         logging.basicConfig(level=logging.INFO, force=True)
     try:
@@ -143,33 +148,18 @@ def _job_main(
     os._exit(0)
 
 
-def _watch_family(sender: Connection) -> None:
+def _watch(workers: Sequence[BaseProcess], sender: Connection) -> None:
     """End this job when a worker has been lost, or when the parent has gone."""
-    me = psutil.Process()
     parent = multiprocessing.parent_process()
-    workers: dict[int, float] = {}
-    while True:
-        time.sleep(_POLL_S)
-        if parent is not None and not parent.is_alive():
-            _kill(_family(me.pid))
-        alive = _worker_pids(me)
-        now = time.monotonic()
-        workers = {pid: workers.get(pid, now) for pid in workers} | dict.fromkeys(alive, now)
-        lost = [pid for pid, seen in workers.items() if now - seen > _LOST_WORKER_GRACE_S]
+    while parent is None or parent.is_alive():
+        lost = [worker.pid for worker in workers if not worker.is_alive()]
         if lost:
+            # A job that is about to end has let its workers go.
+            time.sleep(_LOST_WORKER_GRACE_S)
             sender.send(_lost(f"worker process {lost[0]} is gone"))
-            _kill(_family(me.pid))
-
-
-def _worker_pids(job: psutil.Process) -> list[int]:
-    pids = []
-    for child in job.children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if child.status() != psutil.STATUS_ZOMBIE and any(
-                WORKER_MODULE in word for word in child.cmdline()
-            ):
-                pids.append(child.pid)
-    return pids
+            break
+        time.sleep(_POLL_S)
+    _kill(_family(os.getpid()))
 
 
 def _family(pid: int | None) -> list[psutil.Process]:

@@ -7,20 +7,17 @@ to import, and 80 MB.
 import argparse
 import contextlib
 import json
-import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from multiprocessing.process import BaseProcess
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
-from apache_beam.transforms.environments import (
-    EmbeddedPythonEnvironment,
-    SubprocessSDKEnvironment,
-)
+from apache_beam.transforms.environments import EmbeddedPythonEnvironment
 
-from pipeline.beam_job import WORKER_MODULE, RunnerOptions
+from pipeline.beam_job import RunnerOptions
+from pipeline.beam_worker import FORKED, Worker, give_to_beam
 from pipeline.errors import EvenmixError
 from pipeline.publishing import publish_item
 from pipeline.stage import Stage, WorkItem, read_work_list
@@ -30,14 +27,23 @@ _CARRIED = "evenmix could not go on: "
 
 def run_to_end(stage: Stage, work_list_urls: Sequence[str], options: RunnerOptions) -> None:
     """Run a stage's work lists; see :func:`failure_of` for what is raised."""
-    num_items = sum(len(read_work_list(url)) for url in work_list_urls)
-    pipeline = empty_pipeline(options, num_items)
+    pipeline = empty_pipeline(options)
     build(pipeline, stage, work_list_urls)
     pipeline.run().wait_until_finish()
 
 
-def empty_pipeline(options: RunnerOptions, num_items: int) -> beam.Pipeline:
-    """Return an empty pipeline for so many items; one alone runs in the job's own process.
+def fork_workers(options: RunnerOptions) -> list[BaseProcess]:
+    """Fork the workers of a local job from this process, which must not have threads yet.
+
+    One alone is not forked: it runs in the job's own process.
+    """
+    workers = [Worker() for _ in range(options.workers if options.workers > 1 else 0)]
+    give_to_beam(iter(workers))
+    return [worker.process for worker in workers]
+
+
+def empty_pipeline(options: RunnerOptions) -> beam.Pipeline:
+    """Return an empty pipeline.
 
     Raises:
         EvenmixError: Beam's runner lacks an option that it needs.
@@ -49,23 +55,18 @@ def empty_pipeline(options: RunnerOptions, num_items: int) -> beam.Pipeline:
             return beam.Pipeline(options=PipelineOptions(args))
         except ValueError as error:
             raise EvenmixError(f"Beam refuses its options: {error}") from error
-    workers = max(1, min(options.workers, num_items))
-    command = f"{shlex.quote(sys.executable)} -m {WORKER_MODULE}"
-    environment = (
-        SubprocessSDKEnvironment.from_command_string(command)
-        if workers > 1
-        else EmbeddedPythonEnvironment.default()
-    )
+    environment = FORKED if options.workers > 1 else EmbeddedPythonEnvironment.default()
     return beam.Pipeline(
         runner=FnApiRunner(default_environment=environment),
-        options=PipelineOptions([*args, f"--direct_num_workers={workers}"]),
+        options=PipelineOptions([*args, f"--direct_num_workers={options.workers}"]),
     )
 
 
 def build(pipeline: beam.Pipeline, stage: Stage, work_list_urls: Sequence[str]) -> beam.PCollection:
     """Add a stage to a pipeline. Only references travel between its steps, never pictures."""
     publish = beam.ParDo(PublishItems(stage))
-    if stage.resource_hints:
+    # Beam's local runner would start workers of their own for steps with hints.
+    if stage.resource_hints and not isinstance(pipeline.runner, FnApiRunner):
         publish = publish.with_resource_hints(**stage.resource_hints)
     return (
         pipeline

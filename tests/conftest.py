@@ -5,11 +5,11 @@ import pytest
 pytest_plugins = ["tests.gcs"]
 
 SLOWEST_FIRST = [
-    "test_caption_run",
-    "test_vllm_engine",
     "test_demo",
-    "test_build",
+    "test_caption_run",
     "test_train_loop",
+    "test_build",
+    "test_vllm_engine",
 ]
 """Begun last, one of these would leave the other test process idle for minutes."""
 

@@ -1,5 +1,6 @@
 """A job ends: with its work done, or with a message, and without a process left behind."""
 
+import contextlib
 import logging
 import os
 import signal
@@ -21,8 +22,9 @@ from pipeline.errors import EvenmixError
 from pipeline.stage import Output, WorkItem, write_work_lists
 from tests.stages import Words, items
 
-TWO_WORKERS = RunnerOptions(workers=2)
-WORKER_MODULE = "pipeline.beam_worker"
+THREE_WORKERS = RunnerOptions(workers=3)
+"""One more than most of the jobs here have items, and so need."""
+
 ENDLESS_S = 90.0
 
 
@@ -31,11 +33,12 @@ def nothing() -> None:
 
 
 def workers_of(process: psutil.Process) -> list[psutil.Process]:
-    return [
-        child
-        for child in process.children(recursive=True)
-        if WORKER_MODULE in cmdline(child)  # not its shell, where it is a part of a word
-    ]
+    """Return the workers: children of a job, which is one of the fork server's."""
+    servers = [child for child in process.children() if "forkserver" in " ".join(cmdline(child))]
+    with contextlib.suppress(psutil.NoSuchProcess):
+        jobs = [job for server in servers for job in server.children()]
+        return [worker for job in jobs for worker in job.children()]
+    return []
 
 
 def cmdline(process: psutil.Process) -> list[str]:
@@ -49,7 +52,7 @@ def run(
     stage: Words, shards: Sequence[str] = "ab", while_waiting: Callable[[], None] = nothing
 ) -> None:
     work_lists = write_work_lists(stage, items(*shards))
-    beam_job.run(stage, work_lists, TWO_WORKERS, while_waiting)
+    beam_job.run(stage, work_lists, THREE_WORKERS, while_waiting)
 
 
 @pytest.mark.parametrize(("store", "shards"), [("tmp_path", "a"), ("gcs_bucket", "abcde")])
@@ -86,7 +89,8 @@ def test_a_killed_process_ends_the_job_within_a_minute(tmp_path: Path, victim: s
         nonlocal killed_at
         workers = workers_of(psutil.Process())
         if len(workers) == 2 and not killed_at:
-            job = next(p for p in workers[0].parents() if "forkserver" in " ".join(cmdline(p)))
+            job = workers[0].parent()
+            assert job is not None
             family.extend([job, *workers])
             os.kill(workers[0].pid if victim == "worker" else job.pid, signal.SIGKILL)
             killed_at = time.monotonic()
@@ -262,7 +266,7 @@ def test_a_runner_among_beams_options_is_taken() -> None:
     for args in [("--runner", "DataflowRunner"), ("--runner=DataflowRunner",)]:
         assert not RunnerOptions(2, args).is_local
         with pytest.raises(EvenmixError, match="Missing required option: project"):
-            empty_pipeline(RunnerOptions(2, args), 5)
-    local = empty_pipeline(RunnerOptions(4), 3)
+            empty_pipeline(RunnerOptions(2, args))
+    local = empty_pipeline(RunnerOptions(3))
     assert type(local.runner) is FnApiRunner
     assert local.options.get_all_options()["direct_num_workers"] == 3
