@@ -4,8 +4,8 @@
 # make benchmark-captions    measure captioning beside the engine alone (about 7 minutes)
 # make benchmark-embed       measure embedding beside the bare model (about 4 minutes)
 # make benchmark-dedup       measure the search for near-duplicates beside brute force (hours)
-# make benchmark-loader      measure the loader beside webdataset and MosaicML streaming (about 6 minutes)
-# make benchmark-writer      measure the writer beside decoding and encoding alone (about 6 minutes)
+# make benchmark-loader      measure the loader beside webdataset and MosaicML streaming (about 8 minutes)
+# make benchmark-writer      measure the writer beside decoding and encoding alone (about 4 minutes)
 # make check-tfrecords       read exported mixtures with TensorFlow and TFDS, as i1 does (2 minutes)
 # All need Python 3.11 and nothing else; PYTHON names another interpreter.
 

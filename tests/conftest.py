@@ -7,6 +7,7 @@ pytest_plugins = ["tests.gcs"]
 SLOWEST_FIRST = [
     "test_demo",
     "test_caption_run",
+    "test_train_sharding",
     "test_train_loop",
     "test_build",
     "test_vllm_engine",

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import EvenmixError
-from train.sample_command import read_prompts
+from train.prompts import read_prompts
 
 
 def test_prompts_are_the_lines_of_a_text_file(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_all_mistakes_are_told_at_once_with_suggestions(tmp_path: Path) -> None:
     message = str(caught.value)
     assert "batchsize: unknown key; did you mean 'batch_size'?" in message
     assert "optimiser.learning_rat: unknown key; did you mean 'learning_rate'?" in message
-    assert "model.depth: Input should be greater than 0" in message
+    assert "model.i1.depth: Input should be greater than 0" in message
     assert "batch_size: Field required" in message
 
 

@@ -76,12 +76,18 @@ def fresh_state(config: TrainConfig) -> TrainState:
     return TrainState(0, params, params, make_optimiser(config.optimiser).init(params))
 
 
+def resumed(config: TrainConfig, mixture_sha256: str = "hash") -> TrainState:
+    state = Checkpoints(config.output, config, mixture_sha256).resume(fresh_state(config))
+    assert state is not None
+    return state
+
+
 def final_state(config: TrainConfig) -> TrainState:
     """Return the state of a run's newest checkpoint."""
     sha256 = json.loads(next(Path(config.output).glob("checkpoints/*/run/metadata")).read_text())[
         "identity"
     ]["mixture_sha256"]
-    return Checkpoints(config.output, config, sha256).resume(fresh_state(config))
+    return resumed(config, sha256)
 
 
 def stop_after(config: TrainConfig, step: int) -> None:
@@ -176,10 +182,11 @@ def test_a_half_written_checkpoint_is_never_taken(mixture: str, tmp_path: Path) 
     state = fresh_state(config)
     checkpoints = Checkpoints(config.output, config, "hash")
     checkpoints.save(state._replace(step=3))
+    checkpoints.close()
     # What a killed writer leaves: orbax's temporary folder for the next step.
     leftover = checkpoints.folder / "5.orbax-checkpoint-tmp"
     (leftover / "params").mkdir(parents=True)
-    assert Checkpoints(config.output, config, "hash").resume(state).step == 3
+    assert resumed(config).step == 3
 
 
 def test_only_the_newest_checkpoints_are_kept(mixture: str, tmp_path: Path) -> None:
@@ -187,6 +194,7 @@ def test_only_the_newest_checkpoints_are_kept(mixture: str, tmp_path: Path) -> N
     checkpoints = Checkpoints(config.output, config, "hash")
     for step in (1, 2, 3):
         checkpoints.save(fresh_state(config)._replace(step=step))
+    checkpoints.close()
     assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["2", "3"]
     step, stored, _ = load_averaged(config.output)
     assert (step, stored) == (3, config)
@@ -203,14 +211,16 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_is_a_clear_error(
 ) -> None:
     """No file may exceed 4,000 bytes, which stops orbax's writers as a full disk would."""
     config = configuration(mixture, tmp_path / "run")
+    before = Checkpoints(config.output, config, "hash")
+    before.save(fresh_state(config)._replace(step=1))
+    before.close()
     code = (
         "import resource, signal; from tests.test_train_loop import *\n"
         f"config = TrainConfig.model_validate({config.model_dump()!r})\n"
         "checkpoints, state = Checkpoints(config.output, config, 'hash'), fresh_state(config)\n"
-        "checkpoints.save(state._replace(step=1))\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))\n"
-        "try:\n    checkpoints.save(state._replace(step=2))\n"
+        "try:\n    checkpoints.save(state._replace(step=2))\n    checkpoints.close()\n"
         "except EvenmixError as error:\n    print('told:', error)\n"
     )
     done = subprocess.run(
@@ -221,7 +231,7 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_is_a_clear_error(
         check=False,
     )
     assert f"told: cannot write to {tmp_path}/run/checkpoints: " in done.stdout, done.stderr
-    assert Checkpoints(config.output, config, "hash").resume(fresh_state(config)).step == 1
+    assert resumed(config).step == 1
 
 
 def test_sampling_without_a_checkpoint_is_a_clear_error(tmp_path: Path) -> None:
@@ -236,13 +246,9 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 60) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_writes_a_checkpoint_and_ends(
-    mixture: str, tmp_path: Path, number: signal.Signals
-) -> None:
-    config = configuration(mixture, tmp_path / "run", steps=1_000_000)
+def write_config(config: TrainConfig, path: Path) -> Path:
+    """Write a configuration as TOML, whose tables are one deep."""
     settings = config.model_dump(exclude_none=True)
-    path = tmp_path / "train.toml"
     path.write_text(
         "\n".join(
             f"{name} = {json.dumps(value)}"
@@ -255,6 +261,15 @@ def test_a_signal_writes_a_checkpoint_and_ends(
             if isinstance(v, dict)
         )
     )
+    return path
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_writes_a_checkpoint_and_ends(
+    mixture: str, tmp_path: Path, number: signal.Signals
+) -> None:
+    config = configuration(mixture, tmp_path / "run", steps=1_000_000)
+    path = write_config(config, tmp_path / "train.toml")
     code = (
         "import argparse; from train import train_command as c; p = argparse.ArgumentParser();"
         f"c.add_arguments(p); raise SystemExit(c.run(p.parse_args([{str(path)!r}])))"

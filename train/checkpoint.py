@@ -1,16 +1,21 @@
 """Checkpoints: the state of a run after a step, written whole or not at all, by orbax.
 
 orbax writes into a temporary folder and renames it when all is there, so a run that is killed
-while it writes resumes from the checkpoint before. The run's identity (the settings and the data
-that its weights depend on) lies beside the state.
+while it writes resumes from the checkpoint before. It writes while the run goes on, each process
+its own part of the state, so several processes need a folder that they share. A checkpoint does not
+know on how many devices it was written. The run's identity (the settings and the data that its
+weights depend on) lies beside the state.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import optax
 import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
 
 from pipeline.errors import EvenmixError
 from train.config import TrainConfig
@@ -30,7 +35,7 @@ class TrainState(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints below the output folder of a run.
+    """The checkpoints below the output folder of a run; to be closed at its end.
 
     Args:
         output: a local folder.
@@ -46,15 +51,18 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(
                 self.folder,
                 options=ocp.CheckpointManagerOptions(
-                    max_to_keep=KEPT_CHECKPOINTS, enable_async_checkpointing=False
+                    max_to_keep=KEPT_CHECKPOINTS, keep_period=config.keep_every_steps
                 ),
             )
 
     def save(self, state: TrainState) -> None:
-        """Write a checkpoint, if this step has none yet, and remove the oldest ones.
+        """Begin to write a checkpoint, if this step has none yet, and remove the oldest ones.
+
+        The state may be donated afterwards.
 
         Raises:
-            EvenmixError: it cannot be written; the checkpoints before it are whole.
+            EvenmixError: it, or the one before it, cannot be written; those that are there are
+                whole.
         """
         if self._manager.latest_step() == state.step:
             return
@@ -65,29 +73,45 @@ class Checkpoints:
             opt_state=ocp.args.StandardSave(state.opt_state),
             run=ocp.args.JsonSave(run),
         )
+        with self._writing():
+            self._manager.save(state.step, args=args)
+
+    def close(self) -> None:
+        """Wait until all is written.
+
+        Raises:
+            EvenmixError: the last checkpoint cannot be written.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
+        self._manager.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
         with writing_to(self.folder):
             try:
-                self._manager.save(state.step, args=args)
+                yield
             except ValueError as error:
                 # So tensorstore, to which orbax leaves the arrays, says that a disk is full.
                 raise OSError(str(error)) from error
 
-    def resume(self, fresh: TrainState) -> TrainState:
-        """Return the state of the newest checkpoint, or ``fresh`` if there is none.
+    def resume(self, like: TrainState) -> TrainState | None:
+        """Return the state of the newest checkpoint, if there is one.
+
+        ``like`` has the shapes of the state, placed on the devices where it is to be.
 
         Raises:
             EvenmixError: the checkpoint belongs to a run of another identity.
         """
         step = self._manager.latest_step()
         if step is None:
-            return fresh
+            return None
         stored = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))
         if differences := _differences(stored["run"]["identity"], self._identity):
             raise EvenmixError(
                 f"{self.folder}/{step} was trained with other settings ({'; '.join(differences)}). "
                 "Set them back, or choose another output for a new run."
             )
-        like = jax.tree.map(ocp.tree.to_shape_dtype_struct, fresh)
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -122,7 +146,11 @@ def load_averaged(output: str) -> tuple[int, TrainConfig, Params]:
         )
     stored = manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))
     config = TrainConfig.model_validate(stored["run"]["config"])
-    like = abstract_params(config.model_config_for(config.latent_codec()))
+    here = SingleDeviceSharding(jax.local_devices()[0])
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+        abstract_params(config.model_config_for(config.latent_codec())),
+    )
     restored = manager.restore(step, args=ocp.args.Composite(ema=ocp.args.StandardRestore(like)))
     return step, config, restored["ema"]
 

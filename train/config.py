@@ -1,14 +1,16 @@
 """The configuration of a training run: one TOML file, checked as a whole before any work."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.config_file import Section, load_toml
 from pipeline.errors import EvenmixError
 from train import flux2_vae
+from train.baselines import BaselineConfig, BaselineKind
 from train.encoders import ByteTextEncoder, LatentCodec, PixelCodec, TextEncoder
 from train.model import ModelConfig
+from train.precision import Precision
 from train.t5gemma import Semantics, load_t5gemma
 
 
@@ -29,6 +31,31 @@ class NetworkConfig(Section):
         if self.hidden_size % self.num_heads or self.hidden_size // self.num_heads % 4:
             raise ValueError("hidden_size must be num_heads times a multiple of 4")
         return self
+
+
+class I1NetworkConfig(NetworkConfig):
+    """``kind = "i1"``, which is also meant where none is said."""
+
+    kind: Literal["i1"] = "i1"
+
+    def shaped_for(self, **surroundings: int) -> ModelConfig:
+        """Return the shape of the network among its pictures and captions."""
+        return ModelConfig(**surroundings, **self.model_dump(exclude={"kind"}))
+
+
+class BaselineNetworkConfig(NetworkConfig):
+    """Another ``kind``: a backbone of i1's controlled experiments; see :mod:`train.baselines`."""
+
+    kind: BaselineKind
+    adaln_timestep: bool = True
+    adaln_pooled_text: bool = True
+    adapter_blocks: int = Field(default=0, ge=0)
+    long_skips: bool = True
+    sandwich_norms: bool = False
+
+    def shaped_for(self, **surroundings: Any) -> ModelConfig:
+        """Return the shape of the network among its pictures and captions."""
+        return BaselineConfig(**surroundings, **self.model_dump())
 
 
 class TextConfig(Section):
@@ -123,10 +150,29 @@ class OptimiserConfig(Section):
     ema_decay: float = Field(default=0.9999, ge=0, lt=1)
 
 
+class MeshConfig(Section):
+    """``[mesh]``: over how many devices a state is spread; see :mod:`train.sharding`."""
+
+    fsdp: int = Field(default=1, gt=0)
+
+
+class SamplesConfig(Section):
+    """``[samples]``: what the averaged weights draw while the run goes on, as `evenmix sample`.
+
+    ``prompts`` is a list, or a file as `evenmix sample` takes it. The noise is the same each time.
+    """
+
+    every_steps: int = Field(gt=0)
+    prompts: str | Annotated[list[str], Field(min_length=1)]
+
+
 class TrainConfig(Section):
     """The whole file.
 
     ``init`` is a file with the weights that a run begins with; see :mod:`train.weights`.
+    ``precision`` is the type of the activations, ``accumulate`` the number of parts in which a
+    batch is computed, one after the other. Of the checkpoints the latest are kept, and those of
+    every ``keep_every_steps`` for good.
     """
 
     mixture: str
@@ -138,13 +184,24 @@ class TrainConfig(Section):
     time_shift: float = Field(default=1.0, gt=0)
     log_every_steps: int = Field(default=10, gt=0)
     checkpoint_every_steps: int = Field(default=1000, gt=0)
+    keep_every_steps: int | None = Field(default=None, gt=0)
+    precision: Precision = "float32"
+    accumulate: int = Field(default=1, gt=0)
     loader_threads: int = Field(default=2, gt=0)
     evaluation_samples: int = Field(default=512, ge=0)
+    validate_every_steps: int | None = Field(default=None, gt=0)
     init: str | None = None
-    model: NetworkConfig
+    model: I1NetworkConfig | BaselineNetworkConfig = Field(discriminator="kind")
     text: BytesConfig | T5GemmaTextConfig = Field(discriminator="encoder")
     latent: PixelsConfig | Flux2Config = Field(discriminator="encoder")
     optimiser: OptimiserConfig = OptimiserConfig()
+    mesh: MeshConfig = MeshConfig()
+    samples: SamplesConfig | None = None
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _kind_is_i1_unless_said(cls, model: Any) -> Any:
+        return {"kind": "i1"} | model if isinstance(model, dict) else model
 
     @model_validator(mode="after")
     def _folders_and_sizes_fit(self) -> "TrainConfig":
@@ -173,19 +230,21 @@ class TrainConfig(Section):
 
     def model_config_for(self, codec: LatentCodec) -> ModelConfig:
         """Return the shape of the network for these pictures."""
-        return ModelConfig(
+        return self.model.shaped_for(
             input_size=self.resolution // codec.downsampling,
             image_resolution=self.resolution,
             in_channels=codec.channels,
             text_embed_dim=self.text.embed_dim,
             text_num_tokens=self.text.num_tokens,
-            **self.model.model_dump(),
         )
 
     def identity(self) -> dict[str, Any]:
         """Return the settings on which the weights depend: those a resumed run must share."""
         free = {"mixture", "output", "steps", "log_every_steps", "checkpoint_every_steps"}
-        free |= {"loader_threads", "evaluation_samples"}
+        free |= {"loader_threads", "evaluation_samples", "keep_every_steps"}
+        free |= {"validate_every_steps", "samples"}
+        # These change no more than the order of sums.
+        free |= {"accumulate", "mesh"}
         # Where the encoders' weights lie may change.
         places = {"text": {"weights"}, "latent": {"weights"}}
         return self.model_dump(exclude={**{name: True for name in free}, **places})

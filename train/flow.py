@@ -83,5 +83,5 @@ def losses(
 ) -> jax.Array:
     """Return each sample's mean squared error against the target data - noise, (B,) float32."""
     x_t = interpolate(data, draws.noise, draws.t)
-    predicted = velocity(params, x_t, caption, mask, draws.dropped)
+    predicted = velocity(params, x_t, caption, mask, draws.dropped, draws.t)
     return jnp.mean((predicted - (data - draws.noise)) ** 2, axis=(1, 2, 3))

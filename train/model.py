@@ -9,7 +9,7 @@ Source: the i1 recipe (z-lab Princeton, "i1-3B"); the module names are those of 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,10 @@ class ModelConfig:
     def grid_size(self) -> int:
         """Side of the square of image tokens."""
         return self.input_size // self.patch_size
+
+    def network(self, rngs: nnx.Rngs) -> Callable[..., jax.Array]:
+        """Return the network with fresh weights."""
+        return DualStreamDiT(self, rngs)
 
 
 def position_table(config: ModelConfig) -> np.ndarray:
@@ -106,7 +110,7 @@ def rotate(x: jax.Array, by: Rotation) -> jax.Array:
     cos, sin = (angle[..., None] for angle in by)
     pair = x.reshape(*x.shape[:-1], -1, 2)
     turned = jnp.stack([-pair[..., 1], pair[..., 0]], axis=-1)
-    return (pair * cos + turned * sin).reshape(x.shape)
+    return (pair * cos + turned * sin).reshape(x.shape).astype(x.dtype)
 
 
 def rms_norm(width: int, rngs: nnx.Rngs) -> nnx.RMSNorm:
@@ -157,6 +161,12 @@ class SelfAttention(nnx.Module):
         return self.proj(out.reshape(x.shape))
 
 
+def null_caption(config: ModelConfig, rngs: nnx.Rngs) -> nnx.Param[jax.Array]:
+    """The learned embedding of no caption, (1, T, text_embed_dim)."""
+    shape = (1, config.text_num_tokens, config.text_embed_dim)
+    return nnx.Param(nnx.initializers.normal(config.text_embed_dim**-0.5)(rngs.params(), shape))
+
+
 class TextEncoderAdapter(nnx.Module):
     """Two transformer blocks between the frozen text encoder and the network.
 
@@ -164,9 +174,7 @@ class TextEncoderAdapter(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        shape = (1, config.text_num_tokens, config.text_embed_dim)
-        null = nnx.initializers.normal(config.text_embed_dim**-0.5)(rngs.params(), shape)
-        self.learnable_null_caption = nnx.Param(null)
+        self.learnable_null_caption = null_caption(config, rngs)
         self.connector_in = xavier_linear(config.text_embed_dim, config.hidden_size, rngs)
         self.connector_norm1 = rms_norm(config.hidden_size, rngs)
         self.connector_norm2 = rms_norm(config.hidden_size, rngs)
@@ -290,9 +298,13 @@ class FinalLayer(nnx.Module):
         self.linear = nnx.Linear(config.hidden_size, width_out, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Return (B, H, W, C)."""
+        """Normalise the tokens and return (B, H, W, C)."""
+        return self.to_latents(self.norm_final(tokens))
+
+    def to_latents(self, normalised: jax.Array) -> jax.Array:
+        """Map normalised tokens (B, N, D) to (B, H, W, C)."""
         grid, patch = self.config.grid_size, self.config.patch_size
-        x = self.linear(self.norm_final(tokens))
+        x = self.linear(normalised)
         x = x.reshape(-1, grid, grid, patch, patch, self.config.in_channels)
         x = x.transpose(0, 1, 3, 2, 4, 5)
         return x.reshape(-1, grid * patch, grid * patch, self.config.in_channels)
@@ -312,7 +324,12 @@ class DualStreamDiT(nnx.Module):
         self.final_layer = FinalLayer(config, rngs)
 
     def __call__(
-        self, latents: jax.Array, caption: jax.Array, mask: jax.Array, dropped: jax.Array
+        self,
+        latents: jax.Array,
+        caption: jax.Array,
+        mask: jax.Array,
+        dropped: jax.Array,
+        t: jax.Array | None = None,
     ) -> jax.Array:
         """Predict the velocity of ``latents``.
 
@@ -321,13 +338,15 @@ class DualStreamDiT(nnx.Module):
             caption: (B, T, text_embed_dim) float32, from the text encoder.
             mask: (B, T), 1 where there is text; the text is at the front.
             dropped: (B,) bool, True where the null caption replaces the caption.
+            t: the time of the latents, which this network does not look at.
 
         Returns:
             (B, H, W, C) float32, the velocity from noise to data.
         """
         mask = mask.astype(latents.dtype)
         positions = rotation(self.config, mask)
-        image = self.x_embedder(latents) + position_table(self.config)
+        image = self.x_embedder(latents)
+        image += position_table(self.config).astype(image.dtype)
         text = self.text_encoder_adapter(caption, dropped)
         skips = []
         for block in self.in_blocks:
@@ -342,12 +361,31 @@ class DualStreamDiT(nnx.Module):
 
 # The weights, a nested dict of float32 arrays whose keys are the modules' names.
 Params = dict[str, Any]
-Velocity = Callable[[Params, ArrayLike, ArrayLike, ArrayLike, ArrayLike], jax.Array]
+
+
+class Velocity(Protocol):
+    """A network as a pure function.
+
+    ``t`` (B,) float32 is the time of the latents; a network that does not see it needs none.
+    """
+
+    def __call__(
+        self,
+        params: Params,
+        latents: ArrayLike,
+        caption: ArrayLike,
+        mask: ArrayLike,
+        dropped: ArrayLike,
+        t: ArrayLike | None = None,
+        /,
+    ) -> jax.Array:
+        """Return the velocity (B, H, W, C) of ``latents``."""
+        ...
 
 
 def init_params(config: ModelConfig, seed: int) -> Params:
     """Draw initial weights (LeCun truncated normal; Xavier-uniform for input and skips)."""
-    params: Params = nnx.to_pure_dict(nnx.state(DualStreamDiT(config, nnx.Rngs(seed)), nnx.Param))
+    params: Params = nnx.to_pure_dict(nnx.state(config.network(nnx.Rngs(seed)), nnx.Param))
     return params
 
 
@@ -358,14 +396,20 @@ def abstract_params(config: ModelConfig) -> Params:
 
 
 def velocity_fn(config: ModelConfig) -> Velocity:
-    """Return the network as a pure function of (params, latents, caption, mask, dropped)."""
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: DualStreamDiT(config, nnx.Rngs(0))))
+    """Return the network as a pure function of (params, latents, caption, mask, dropped, t)."""
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: config.network(nnx.Rngs(0))))
 
     def velocity(
-        params: Params, latents: ArrayLike, caption: ArrayLike, mask: ArrayLike, dropped: ArrayLike
+        params: Params,
+        latents: ArrayLike,
+        caption: ArrayLike,
+        mask: ArrayLike,
+        dropped: ArrayLike,
+        t: ArrayLike | None = None,
+        /,
     ) -> jax.Array:
         inputs = map(jnp.asarray, (latents, caption, mask, dropped))
-        out: jax.Array = nnx.merge(graphdef, params)(*inputs)
+        out: jax.Array = nnx.merge(graphdef, params)(*inputs, t)
         return out
 
     return velocity

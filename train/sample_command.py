@@ -1,7 +1,6 @@
 """`evenmix sample`: draw pictures for prompts with a trained model."""
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from train.config import TrainConfig, load_config
 from train.grid import draw_grid
 from train.model import Params, velocity_fn
 from train.output import writing_to
+from train.prompts import read_prompts
 from train.sampling import SamplingConfig, sample
 from train.weights import load_weights
 
@@ -94,34 +94,6 @@ def _trained(
         )
     step, config, params = load_averaged(checkpoint)
     return {"step": step}, config, params
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Return the prompts of a text file, one a line, or the rewritten ones of a JSON-lines file.
-
-    Raises:
-        EvenmixError: the file cannot be read, is empty, or has lines of another kind.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvenmixError(f"cannot read prompts from {path}: {error}") from error
-    lines = [line.strip() for line in lines if line.strip()]
-    prompts = [_rewritten(path, line) for line in lines] if path.suffix == ".jsonl" else lines
-    if not prompts:
-        raise EvenmixError(f"{path} has no prompts; write one a line")
-    return prompts
-
-
-def _rewritten(path: Path, line: str) -> str:
-    """Return the prompt of a line of `evenmix rewrite`."""
-    try:
-        return str(json.loads(line)["rewritten"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise EvenmixError(
-            f'{path}: {line[:80]!r} is no JSON object with "rewritten", as `evenmix rewrite` '
-            "writes it; give a text file with one prompt a line"
-        ) from error
 
 
 def _save(path: Path, picture: np.ndarray, text: dict[str, object]) -> None:

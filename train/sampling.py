@@ -6,6 +6,7 @@ Sample Steps are Flawed", section 3.4 (rescaled guidance).
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -77,11 +78,13 @@ def integrate(
     caption, mask = (jnp.concatenate([x, x]) for x in (caption, mask))
     dropped = jnp.arange(2 * batch) >= batch
 
-    def euler_step(x: jax.Array, dt: jax.Array) -> tuple[jax.Array, None]:
-        both = velocity(params, jnp.concatenate([x, x]), caption, mask, dropped)
-        return x + dt * guide(both[:batch], both[batch:], config), None
+    def euler_step(x: jax.Array, interval: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        start, end = interval
+        t = jnp.full(2 * batch, start)
+        both = velocity(params, jnp.concatenate([x, x]), caption, mask, dropped, t)
+        return x + (end - start) * guide(both[:batch], both[batch:], config), None
 
-    latents, _ = jax.lax.scan(euler_step, noise, jnp.diff(times))
+    latents, _ = jax.lax.scan(euler_step, noise, (times[:-1], times[1:]))
     return latents
 
 
@@ -100,20 +103,29 @@ def sample(
     The noise of picture i depends on (seed, i) alone.
     """
     side = resolution // codec.downsampling
-    key = jax.random.key(config.seed)
-
-    @jax.jit
-    def draw(params: Params, index: jax.Array, caption: jax.Array, mask: jax.Array) -> jax.Array:
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
-        noise = jax.vmap(lambda k: jax.random.normal(k, (side, side, codec.channels)))(keys)
-        return integrate(velocity, params, noise, caption=caption, mask=mask, config=config)
-
+    shape = (side, side, codec.channels)
     pictures = []
     for first in range(0, len(prompts), PICTURES_AT_A_TIME):
         chunk = prompts[first : first + PICTURES_AT_A_TIME]
         # The last chunk is filled up, so that all have one shape and compile once.
         caption, mask = encoder(chunk + [""] * (PICTURES_AT_A_TIME - len(chunk)))
         index = first + np.arange(PICTURES_AT_A_TIME)
-        latents = draw(params, index, caption, mask)
+        latents = _draw(velocity, shape, config, params, index, caption, mask)
         pictures.append(np.asarray(codec.decode(latents))[: len(chunk)])
     return np.concatenate(pictures)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _draw(
+    velocity: Velocity,
+    shape: tuple[int, int, int],
+    config: SamplingConfig,
+    params: Params,
+    index: jax.Array,
+    caption: jax.Array,
+    mask: jax.Array,
+) -> jax.Array:
+    """Return latents (B, *shape); a run that samples again and again compiles this once."""
+    key = jax.random.key(config.seed)
+    noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(index)
+    return integrate(velocity, params, noise, caption=caption, mask=mask, config=config)

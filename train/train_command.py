@@ -5,8 +5,11 @@ import signal
 import threading
 from types import FrameType
 
+import jax
+
 from train.config import load_config
 from train.loop import train
+from train.sharding import start_processes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,6 +18,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mixture", metavar="URL", help="folder of the mixture's mixture.json")
     parser.add_argument("--output", metavar="DIR", help="folder of the run; resumed if it has one")
     parser.add_argument("--steps", type=int, metavar="N", help="train until this step")
+    several = parser.add_argument_group("several processes, one started for each machine")
+    several.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="where process 0 is reached; or `auto`, if Slurm, Open MPI, Kubernetes or Cloud TPU "
+        "started them",
+    )
+    several.add_argument("--num-processes", type=int, metavar="N", help="how many there are")
+    several.add_argument("--process-id", type=int, metavar="I", help="which this is, from 0")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -23,6 +35,8 @@ def run(args: argparse.Namespace) -> int:
     Returns 128 + the signal's number if the run was stopped by one.
     """
     config = load_config(args.config, mixture=args.mixture, output=args.output, steps=args.steps)
+    if args.coordinator:
+        start_processes(args.coordinator, args.num_processes, args.process_id)
     stop = threading.Event()
     received = 0
 
@@ -37,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
     evaluations = train(config, stop)
     if evaluations is None:
         return 128 + received
+    if jax.process_index():
+        return 0
     for name, held_out in evaluations.items():
         print(
             f"held out, {name}: {held_out.num_samples} pictures, loss {held_out.loss:.4f}, "

@@ -7,18 +7,24 @@ the file's metadata.
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from pipeline.errors import EvenmixError
+from train.baselines import BaselineConfig
 from train.i1_checkpoint import read_i1_checkpoint
 from train.model import ModelConfig, Params, abstract_params
 from train.torch_layout import check_tensors, from_torch, to_torch, torch_shapes
 
 METADATA_KEY = "model"
+# Tried in this order: only a baseline's shape states its kind.
+SHAPE: TypeAdapter[ModelConfig] = TypeAdapter(
+    Annotated[BaselineConfig | ModelConfig, Field(union_mode="left_to_right")]
+)
 OF_A_RESOLUTION = {"input_size", "image_resolution"}
 
 
@@ -30,11 +36,11 @@ def load_weights(path: str, config: ModelConfig) -> Params:
     """
     read = read_i1_checkpoint if path.endswith(".pt") else read_safetensors
     stated, params = read(path)
-    wanted = asdict(config)
+    found, wanted = ({"kind": "i1"} | asdict(shape) for shape in (stated, config))
     differences = [
-        f"{name} is {value}, not {wanted[name]}"
-        for name, value in asdict(stated).items()
-        if value != wanted[name] and name not in OF_A_RESOLUTION
+        f"{name} is {found.get(name)}, not {wanted.get(name)}"
+        for name in wanted | found
+        if found.get(name) != wanted.get(name) and name not in OF_A_RESOLUTION
     ]
     if differences:
         raise EvenmixError(
@@ -52,7 +58,7 @@ def read_safetensors(path: str) -> tuple[ModelConfig, Params]:
     try:
         with safe_open(Path(path).expanduser(), framework="numpy") as file:
             stated = (file.metadata() or {}).get(METADATA_KEY, "")
-            config = TypeAdapter(ModelConfig).validate_json(stated)
+            config = SHAPE.validate_json(stated)
             names = file.keys()
             found = {name: tuple(file.get_slice(name).get_shape()) for name in names}
             like = abstract_params(config)

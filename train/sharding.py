@@ -1,0 +1,135 @@
+"""How a run is spread over devices and processes: the batch over all of them, the state over some.
+
+The devices are a mesh of two axes, ``data`` and ``fsdp``. Every device has its own rows of the
+batch. A tensor of the state (weights, their average, the optimiser's moments) is cut along the
+``fsdp`` axis and equal along ``data``; where it is used, XLA gathers it. Nothing that is drawn
+depends on the mesh, so two meshes differ in no more than the order of sums.
+
+With several processes the rows of process p are the p-th part of the batch.
+"""
+
+import threading
+from collections.abc import Sequence
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from pipeline.errors import EvenmixError
+
+Tree = TypeVar("Tree")
+
+
+def start_processes(coordinator: str, num_processes: int | None, process_id: int | None) -> None:
+    """Join the other processes of the run, before anything else is asked of JAX.
+
+    ``coordinator`` is the HOST:PORT at which process 0 is reached, or ``auto``: then Slurm, Open
+    MPI, Kubernetes or Cloud TPU tells JAX all three. When a process dies, JAX ends the others
+    within 100 seconds; all are to be started again.
+
+    Raises:
+        EvenmixError: the processes do not find one another, or their numbers are wrong.
+    """
+    try:
+        if coordinator == "auto":
+            jax.distributed.initialize()
+        else:
+            jax.distributed.initialize(coordinator, num_processes, process_id)
+    except (RuntimeError, ValueError) as error:
+        raise EvenmixError(
+            f"the processes of the run do not come together: {error}; give each process the same "
+            "--coordinator and --num-processes, and its own --process-id"
+        ) from error
+
+
+def make_mesh(fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Return the mesh of all devices of all processes (or of ``devices``).
+
+    ``fsdp`` neighbours share one state.
+
+    Raises:
+        EvenmixError: ``fsdp`` does not divide the number of devices.
+    """
+    # Those of a process are neighbours, so that its rows of the batch are too.
+    devices = sorted(devices or jax.devices(), key=lambda device: (device.process_index, device.id))
+    if len(devices) % fsdp:
+        raise EvenmixError(
+            f"mesh.fsdp is {fsdp}, which does not divide the {len(devices)} devices; change it"
+        )
+    grid = np.array(devices).reshape(-1, fsdp)
+    return Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
+    """Check that each device gets as many rows of the batch, in each of its ``accumulate`` parts.
+
+    Raises:
+        EvenmixError: it does not divide.
+    """
+    if batch_size % (mesh.size * accumulate):
+        parts = f" and {accumulate} parts" if accumulate > 1 else ""
+        raise EvenmixError(
+            f"a batch of {batch_size} samples cannot be divided evenly among {mesh.size} devices"
+            f"{parts}; change `batch_size`"
+        )
+
+
+def partition(shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
+    """Return how a tensor is cut in ``fsdp`` parts: along its largest dimension that divides.
+
+    Of equal ones it is the last; a tensor without one stays whole.
+    """
+    dividing = [(size, axis) for axis, size in enumerate(shape) if size and size % fsdp == 0]
+    if fsdp == 1 or not dividing:
+        return PartitionSpec()
+    _, axis = max(dividing)
+    return PartitionSpec(*[None] * axis, "fsdp")
+
+
+def place_state(mesh: Mesh, state: Tree) -> Tree:
+    """Return the shapes of a state (arrays, or shapes), each with the sharding it is to have."""
+
+    def place(x: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(mesh, partition(x.shape, mesh.shape["fsdp"]))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    placed: Tree = jax.tree.map(place, state)
+    return placed
+
+
+def shardings_of(placed: Tree) -> Tree:
+    """Return the shardings of what :func:`place_state` has placed."""
+    shardings: Tree = jax.tree.map(lambda x: x.sharding, placed)
+    return shardings
+
+
+def cut(tensors: Tree, shardings: Tree) -> Tree:
+    """Put tensors that each process has whole, numpy arrays, where they are to be."""
+
+    def place(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
+        return jax.make_array_from_callback(x.shape, sharding, lambda where: x[where])
+
+    placed: Tree = jax.tree.map(place, tensors, shardings)
+    return placed
+
+
+def share_rows(mesh: Mesh, *rows: np.ndarray) -> list[jax.Array]:
+    """Put the arrays of a batch together, of which each process gives its own rows.
+
+    Each device has its own rows of them.
+    """
+    by_rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return [jax.make_array_from_process_local_data(by_rows, of_process) for of_process in rows]
+
+
+def stop_asked(stop: threading.Event, at_log: bool) -> bool:
+    """Return whether to stop after this step: the same answer in all processes.
+
+    Several processes ask one another only ``at_log``, where they wait for the devices anyway: a
+    signal reaches each at another step, or only one of them.
+    """
+    if jax.process_count() == 1:
+        return stop.is_set()
+    return at_log and bool(multihost_utils.process_allgather(np.array(stop.is_set())).any())
