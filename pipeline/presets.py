@@ -97,7 +97,7 @@ def complete(document: Mapping[str, Any]) -> Mapping[str, Any]:
     )
     if not all(isinstance(table, dict) for table in (mixture, described, captions)):
         return document
-    if "preset" not in mixture:
+    if mixture.get("preset") is None:
         return document
     preset = find_preset(str(mixture["preset"]))
     completed = {

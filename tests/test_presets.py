@@ -71,6 +71,14 @@ def test_a_recipe_of_one_line_is_the_same_as_the_command_line(tmp_path: Path) ->
     assert load(tmp_path, ONE_LINE) == preset_recipe("i1-256-0.4M", "corpus")
 
 
+def test_a_recipe_that_was_dumped_is_the_same_again(tmp_path: Path) -> None:
+    recipe = load(tmp_path, ONE_LINE)
+    assert Recipe.model_validate(recipe.model_dump()) == recipe
+    own = recipe.mixture.model_copy(update={"preset": None})
+    recipe = recipe.model_copy(update={"mixture": own})
+    assert Recipe.model_validate(recipe.model_dump()) == recipe
+
+
 def test_what_the_recipe_says_itself_changes_the_preset(tmp_path: Path) -> None:
     text = ONE_LINE + (
         'name = "mine"\nimages_per_dataset = 5\nweights = "cap:3"\nresolution = 128\n'
