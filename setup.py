@@ -82,5 +82,5 @@ setup(
     package_data={"captioning.rewriting": ["meta_prompt.txt"]},
     install_requires=CORE,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["evenmix = pipeline.cli:main"]},
+    entry_points={"console_scripts": ["evenmix = pipeline.cli:command"]},
 )

@@ -1,6 +1,8 @@
 """The ``evenmix`` command: a table of sub-commands, each imported when it is called."""
 
 import argparse
+import atexit
+import contextlib
 import importlib
 import logging
 import os
@@ -96,5 +98,28 @@ def _parse(arguments: Sequence[str], chosen: str | None) -> argparse.Namespace:
     return options
 
 
+def command() -> None:
+    """Run the command line as a program, and end it before C++ libraries clean up.
+
+    When an interpreter ends, pyarrow's or another library's threads can abort it ("terminate called
+    without an active exception"): all work was done then, but the exit status said otherwise.
+    """
+    status: int | str | None = 1
+
+    def end() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status if isinstance(status, int) else 1)
+
+    # Registered first, it runs last: what others have registered since is done by then.
+    atexit.register(end)
+    try:
+        status = main()
+    except SystemExit as leaving:
+        status = leaving.code or 0
+        raise
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()
