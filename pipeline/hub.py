@@ -1,4 +1,4 @@
-"""Which commit of a Hugging Face repository a source means, so that a build can name it for ever.
+"""The Hugging Face Hub: which commit of a dataset a source means, and the files of models.
 
 Sources on the Hub are written ``hf://datasets/OWNER/NAME/PATH``. A branch moves and the Hub wants
 whole hashes, while people write a branch or the first digits of one; here it becomes the commit.
@@ -8,6 +8,7 @@ The token for gated repositories is HF_TOKEN in the environment, which huggingfa
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from pipeline.errors import EvenmixError
@@ -112,3 +113,38 @@ def _ask(repo: str, call: Callable[["HfApi"], Answer]) -> Answer:
         if isinstance(error.__cause__, RevisionNotFoundError):
             raise EvenmixError(f"{url} has no such revision; correct it") from error
         raise
+
+
+def model_file(model: str, revision: str | None, file: str) -> Path | None:
+    """Return a file of a model from the local cache, fetched if need be; None if it has no such.
+
+    ``revision`` is a commit, a branch or a tag; without it the model's present state is taken.
+
+    Raises:
+        EvenmixError: no such model or revision, terms that are not accepted, no network.
+    """
+    from huggingface_hub import hf_hub_download  # noqa: PLC0415  # only models on the Hub need it
+    from huggingface_hub.errors import (  # noqa: PLC0415
+        GatedRepoError,
+        HFValidationError,
+        RemoteEntryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(hf_hub_download(model, file, revision=revision))
+    except RemoteEntryNotFoundError:
+        return None
+    except GatedRepoError as error:
+        raise EvenmixError(
+            f"the model {model} is gated: accept its terms at https://huggingface.co/{model} and "
+            "set HF_TOKEN to a token of that account"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise EvenmixError(f"the model {model} has no revision {revision}; correct it") from error
+    except (HFValidationError, OSError) as error:  # the second is what all others are
+        raise EvenmixError(
+            f"{file} of the model {model} is neither in the Hugging Face cache of this machine nor "
+            f"can it be fetched: {' '.join(str(error).split())} Download the model first, or give "
+            "a folder."
+        ) from error

@@ -98,8 +98,8 @@ def test_a_cached_model_is_known_without_the_hub(hub: Hub, monkeypatch: pytest.M
     [
         ("RevisionNotFound", 404, "^the model org/model has no revision v2; correct it$"),
         ("GatedRepo", 403, "accept its terms at https://huggingface.co/org/model and set HF_TOKEN"),
-        ("RepoNotFound", 401, "^the model org/model is neither in the Hugging Face cache"),
-        ("EntryNotFound", 404, "^the model org/model is neither in the Hugging Face cache"),
+        ("RepoNotFound", 401, "^config.json of the model org/model is neither in the Hugging Face"),
+        ("EntryNotFound", 404, "^the model org/model has no config.json"),
     ],
 )
 def test_what_the_hub_refuses_is_explained(hub: Hub, code: str, status: int, message: str) -> None:

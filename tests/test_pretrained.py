@@ -87,9 +87,9 @@ def test_of_a_model_on_the_hub_only_the_files_asked_for_are_fetched(
     ("code", "status", "message"),
     [
         ("EntryNotFound", 404, "^org/model has no config.json; give all files of the model$"),
-        ("RevisionNotFound", 404, f"^org/model has no revision {COMMIT}; correct it$"),
+        ("RevisionNotFound", 404, f"^the model org/model has no revision {COMMIT}; correct it$"),
         ("GatedRepo", 403, "accept its terms at https://huggingface.co/org/model and set HF_TOKEN"),
-        ("RepoNotFound", 401, "^config.json of org/model is neither in the Hugging Face cache"),
+        ("RepoNotFound", 401, "^config.json of the model org/model is neither in the Hugging Face"),
     ],
 )
 def test_what_the_hub_refuses_is_explained(hub: Hub, code: str, status: int, message: str) -> None:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from pipeline.errors import EvenmixError
+from pipeline.hub import model_file
 
 Json = TypeVar("Json", bound=BaseModel)
 
@@ -118,7 +119,7 @@ class Pretrained:
 
     def _find(self, file: str) -> Path | None:
         if self.revision is not None:
-            return _fetch(self.name, self.revision, file)
+            return model_file(self.name, self.revision, file)
         path = self._folder / file
         return path if path.is_file() else None
 
@@ -167,31 +168,3 @@ class _Index(BaseModel):
     """What lists the files of a model that has several: the file of each tensor."""
 
     weight_map: dict[str, str]
-
-
-def _fetch(model: str, revision: str, file: str) -> Path | None:
-    """Return a file of the Hub from the local cache, fetched if need be; None if there is none."""
-    from huggingface_hub import hf_hub_download  # noqa: PLC0415  # only models on the Hub need it
-    from huggingface_hub.errors import (  # noqa: PLC0415
-        GatedRepoError,
-        HFValidationError,
-        RemoteEntryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        return Path(hf_hub_download(model, file, revision=revision))
-    except RemoteEntryNotFoundError:
-        return None
-    except GatedRepoError as error:
-        raise EvenmixError(
-            f"{model} is gated: accept its terms at https://huggingface.co/{model} and set "
-            "HF_TOKEN to a token of that account"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise EvenmixError(f"{model} has no revision {revision}; correct it") from error
-    except (HFValidationError, OSError) as error:  # the second is what all others are
-        raise EvenmixError(
-            f"{file} of {model} is neither in the Hugging Face cache of this machine nor can it be "
-            f"fetched: {' '.join(str(error).split())} Download the model first, or give a folder."
-        ) from error

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pipeline import storage
 from pipeline.errors import EvenmixError
+from pipeline.hub import model_file
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _CONFIG = "config.json"
@@ -134,25 +135,8 @@ def _digest(rows: Iterable[tuple[str, ...]]) -> str:
 
 
 def _hub_commit(model: str, revision: str | None) -> str:
-    from huggingface_hub import hf_hub_download  # noqa: PLC0415  # only models on the Hub need it
-    from huggingface_hub.errors import (  # noqa: PLC0415
-        GatedRepoError,
-        HFValidationError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        # <cache>/models--OWNER--NAME/snapshots/<commit>/config.json
-        return Path(hf_hub_download(model, _CONFIG, revision=revision)).parent.name
-    except GatedRepoError as error:
-        raise EvenmixError(
-            f"the model {model} is gated: accept its terms at https://huggingface.co/{model} and "
-            "set HF_TOKEN to a token of that account"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise EvenmixError(f"the model {model} has no revision {revision}; correct it") from error
-    except (HFValidationError, OSError) as error:  # the second is what all others are
-        raise EvenmixError(
-            f"the model {model} is neither in the Hugging Face cache of this machine nor can it be "
-            f"fetched: {' '.join(str(error).split())} Download it first, or give a folder."
-        ) from error
+    file = model_file(model, revision, _CONFIG)
+    if file is None:
+        raise EvenmixError(f"the model {model} has no {_CONFIG}; name one that vLLM can load")
+    # <cache>/models--OWNER--NAME/snapshots/<commit>/config.json
+    return file.parent.name
