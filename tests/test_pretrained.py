@@ -79,7 +79,7 @@ def test_of_a_model_on_the_hub_only_the_files_asked_for_are_fetched(
     with model.tensors(ENCODER) as tensors:
         np.testing.assert_array_equal(tensors.read("b"), B)
     assert not hub.requests
-    with pytest.raises(EvenmixError, match=r"^config.json of org/model is neither"):
+    with pytest.raises(EvenmixError, match=r"^config.json of the model org/model is neither"):
         model.path("config.json")
 
 
