@@ -534,6 +534,7 @@ def test_a_compressed_tar_has_the_records_that_were_packed(
         (b"no gzip at all", "Not a gzipped file"),
         (gzip.compress(bytes(9_000))[:-8] + bytes(8), "CRC check failed"),
     ],
+    ids=["cut", "no-gzip", "wrong-crc"],
 )
 def test_what_cannot_be_decompressed_is_damaged_at_its_source(
     tmp_path: Path, data: bytes, message: str
