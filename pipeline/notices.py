@@ -1,12 +1,13 @@
-"""What the workers of a job on this machine tell whoever waits for it: a few lines, if any.
+"""What a command, and the workers of its job on this machine, tell whoever waits: a few lines.
 
-Their logging is silenced, and what they printed would tear the display of the command. So the
+Workers' logging is silenced, and what they printed would tear the display of the command. So the
 messages of a few loggers, such as that a model's server is down, go into a file, which the command
 reads as it waits, and prints above its display.
 """
 
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from typing import IO
 
 from pipeline.printable import printable
 
-LOGGERS = ("captioning",)
+_LOGGERS = ("captioning", "pipeline.stores")
 """The loggers whose messages are for people; they say a thing once, not once a record."""
 
 _FILE = "EVENMIX_NOTICES"
@@ -26,7 +27,7 @@ def send_notices() -> None:
     if (file := os.environ.get(_FILE)) is None:
         return
     handler = logging.FileHandler(file, encoding="utf-8", errors="backslashreplace")
-    for name in LOGGERS:
+    for name in _LOGGERS:
         logger = logging.getLogger(name)
         logger.setLevel(logging.INFO)
         logger.addHandler(handler)
@@ -34,16 +35,23 @@ def send_notices() -> None:
 
 @contextmanager
 def print_notices() -> Iterator[None]:
-    """Print the notices of this process itself, for a command without a job."""
-    handler = logging.StreamHandler()
-    for name in LOGGERS:
+    """Print the notices of this process itself."""
+    printer = _Printer()
+    for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.INFO)
-        logging.getLogger(name).addHandler(handler)
+        logging.getLogger(name).addHandler(printer)
     try:
         yield
     finally:
-        for name in LOGGERS:
-            logging.getLogger(name).removeHandler(handler)
+        for name in _LOGGERS:
+            logging.getLogger(name).removeHandler(printer)
+
+
+class _Printer(logging.Handler):
+    """Prints to what stderr is at the time: a live display prints above itself."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(printable(record.getMessage()), file=sys.stderr)
 
 
 class Notices:

@@ -4,8 +4,6 @@ Attempts at one item may be several, at once or one after a crash. Those at repe
 equal bytes. Those at observed work, such as downloads, agree on what the first of them published.
 """
 
-from collections.abc import Sequence
-
 from pipeline import storage
 from pipeline.errors import EvenmixError
 from pipeline.receipts import (
@@ -21,8 +19,10 @@ from pipeline.stage import (
     REJECTED_SUFFIX,
     Observed,
     Output,
+    Plan,
     Stage,
     WorkItem,
+    file_names,
     item_identity,
     refuse_other_identity,
     shard_url,
@@ -139,15 +139,16 @@ def _publish_beside_commit(url: str, data: bytes, commit_url: str) -> None:
         storage.replace(url, data)
 
 
-def remove_leftovers(stage: Stage, items: Sequence[WorkItem]) -> None:
+def remove_leftovers(stage: Stage, plan: Plan) -> None:
     """Remove what killed runs with other settings or sources observed and never committed.
 
     Workers do not: one that was thought dead could remove what another has committed meanwhile.
     """
-    for dataset in {item.dataset for item in items}:
+    for dataset in {item.dataset for item in plan.missing}:
         folder = dataset_url(stage.root, stage.folder, dataset)
-        there = {file.name for file in storage.list_files(folder)}
-        for item in items:
+        planned = [item.shard for item in plan.items if item.dataset == dataset]
+        there = set(file_names(folder, planned))
+        for item in plan.missing:
             name = f"{item.shard}{OBSERVED_SUFFIX}"
             if item.dataset != dataset or name not in there:
                 continue

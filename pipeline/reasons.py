@@ -28,6 +28,7 @@ class RejectReason(StrEnum):
     UNAVAILABLE = "unavailable"  # a status that may: 429, 5xx
     BAD_RESPONSE = "bad_response"  # not the HTTP that was asked for
     OPTED_OUT = "opted_out"  # X-Robots-Tag forbids this use
+    SHARD_FULL = "shard_full"  # the shard's memory was full: a retry makes another shard of these
     PLACEHOLDER = "placeholder"  # "this picture was removed", or a file too small to be one
 
     # The picture's bytes (pipeline.images).

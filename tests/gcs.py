@@ -6,6 +6,10 @@ emulator listens on a private port, the clients are pointed at a small proxy in 
 proxy checks and forwards every write under one lock. The emulator answers one request at a time
 anyway, so one lock for all objects loses nothing. What the proxy cannot enforce it refuses.
 
+The proxy also does what the emulator leaves out of listings (pages, offsets, fields) and of uploads
+that have ended (their answer can be asked for again), counts requests, and lets a test decide that
+some of them go wrong (tests/gcs_faults.py).
+
 A test asks for `gcs_bucket`; tests/conftest.py loads this plugin.
 """
 
@@ -18,9 +22,10 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum, auto
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -31,6 +36,8 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
+import pipeline.gcs  # noqa: F401  # It configures gcsfs, so it comes before whoever imports that.
+
 BUCKET = "evenmix-test"
 PROJECT = "evenmix-test"
 HOST = "127.0.0.1"
@@ -39,6 +46,7 @@ STARTUP_TIMEOUT_S = 30
 
 # The object that a request acts on; of a copy or rewrite, the destination, which comes last.
 OBJECT_PATH = re.compile(r"/b/(?P<bucket>[^/]+)/o/(?P<name>[^/]+)(?:/compose)?$")
+LIST_PATH = re.compile(r"/b/[^/]+/o$")
 UPLOAD_PATH = re.compile(r"/upload/storage/v1/b/(?P<bucket>[^/]+)/o$")
 # Headers about the one connection, which a proxy does not hand on; it sets its own lengths.
 CONNECTION_HEADERS = {"connection", "content-length", "date", "server", "transfer-encoding"}
@@ -53,20 +61,64 @@ class Precondition:
     generation: int
 
 
+class Fault(Enum):
+    """How a request can go wrong."""
+
+    TOO_MANY_REQUESTS = auto()  # 429, to be tried again after a second
+    UNAVAILABLE = auto()  # 503
+    CUT_REQUEST = auto()  # the connection is dropped half way through the request's body
+    LOST_ANSWER = auto()  # the connection is dropped after the request has taken effect
+    CUT_ANSWER = auto()  # the connection is dropped half way through the answer's body
+    DAMAGED_REQUEST = auto()  # a bit of the request's body is flipped on the way
+
+
+FaultOf = Callable[[str], Fault | None]
+"""Told a request, such as `GET /storage/v1/b/bucket/o?prefix=a`, says how it goes wrong, if so."""
+
+
+@dataclass
+class Upload:
+    """A resumable upload: its precondition, what came of it, and the answer to its end."""
+
+    condition: Precondition | None
+    num_bytes: int = 0
+    answer: tuple[int, dict[str, str], bytes] | None = None
+
+
 class Proxy(ThreadingHTTPServer):
-    """Enforces `ifGenerationMatch` before an emulator on `emulator_port` that ignores it."""
+    """Enforces `ifGenerationMatch` before an emulator that ignores it.
+
+    Attributes:
+        requests: all requests but those for tokens, in the form that `fault_of` is told.
+        fault_of: decides which of them go wrong.
+        page_objects: how many objects a page of a listing has at most.
+    """
 
     daemon_threads = True
 
-    def __init__(self, emulator_port: int) -> None:
+    def __init__(self, emulator: "Emulator") -> None:
         super().__init__((HOST, 0), ProxyHandler)
-        self.emulator_port = emulator_port
+        self.emulator = emulator
         self.write_lock = threading.Lock()
-        self.resumable: dict[str, Precondition] = {}  # by upload id
+        self.uploads: dict[str, Upload] = {}  # by upload id
+        self.requests: list[str] = []
+        self.page_objects = 1000
+        self.fault_of: FaultOf = lambda request: None
 
     @property
     def url(self) -> str:
         return f"http://{HOST}:{self.server_port}"
+
+    def restart(self, down_s: float) -> None:
+        """Kill the emulator and start it again; objects are kept, uploads under way are lost.
+
+        It is not killed in the midst of a write, which would damage its own files.
+        """
+        with self.write_lock:
+            self.emulator.kill()
+            self.uploads.clear()
+        time.sleep(down_s)
+        self.emulator.start()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Be silent when a client went away: gcsfs cancels requests it no longer needs."""
@@ -77,7 +129,7 @@ class Proxy(ThreadingHTTPServer):
         self, method: str, path: str, headers: dict[str, str], body: bytes = b""
     ) -> tuple[int, dict[str, str], bytes]:
         """Ask the emulator; return status, headers and body."""
-        connection = HTTPConnection(HOST, self.emulator_port, timeout=REQUEST_TIMEOUT_S)
+        connection = HTTPConnection(HOST, self.emulator.port, timeout=REQUEST_TIMEOUT_S)
         try:
             connection.request(method, path, body=body, headers=headers)
             response = connection.getresponse()
@@ -98,25 +150,42 @@ class ProxyHandler(BaseHTTPRequestHandler):
     """One client's requests."""
 
     server: Proxy
+    fault: Fault | None
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
+        url = urlsplit(self.path)
+        query = {name: values[0] for name, values in parse_qs(url.query).items()}
+        request = f"{self.command} {self.path}"
+        self.fault = None if url.path == "/token" else self.server.fault_of(request)
         body = self._read_body()
-        query = {name: values[0] for name, values in parse_qs(urlsplit(self.path).query).items()}
-        path = urlsplit(self.path).path
-        if path == "/token":
+        if url.path == "/token":
             token = {"access_token": "emulator", "expires_in": 3600, "token_type": "Bearer"}
             self._reply_json(200, token)
+            return
+        self.server.requests.append(request)
+        if self.fault is Fault.CUT_REQUEST:
+            self._drop_connection()
+        elif self.fault is Fault.TOO_MANY_REQUESTS:
+            self._reply_error(429, "rateLimitExceeded", "slow down", {"Retry-After": "1"})
+        elif self.fault is Fault.UNAVAILABLE:
+            self._reply_error(503, "backendError", "try again later")
         elif unknown := self._unknown_preconditions(query, body):
             self._reply_error(400, "invalid", f"the test proxy does not enforce {unknown}")
         elif self.command == "GET" and "ifGenerationMatch" not in query:
-            self._reply(*self._forward(body))
+            if not self._spell_out_range(url.path):
+                self._reply_error(416, "requestedRangeNotSatisfiable", "there are no bytes")
+                return
+            answer = self._forward(body)
+            if LIST_PATH.search(url.path):
+                answer = _page(answer, query, self.server.page_objects)
+            self._reply(*answer)
         elif self.command == "DELETE" and "upload_id" in query:
             # The emulator cannot cancel a resumable upload. 499 is how GCS says that it did.
             self._reply(499, {}, b"")
         else:
-            self._reply_to_conditional(path, query, body)
+            self._reply_to_conditional(url.path, query, body)
 
     do_POST = do_PUT = do_PATCH = do_DELETE = do_GET
 
@@ -132,11 +201,18 @@ class ProxyHandler(BaseHTTPRequestHandler):
         starts_upload = query.get("uploadType") == "resumable" and "upload_id" not in query
         with self.server.write_lock:
             if "upload_id" in query:
-                condition = self.server.resumable.get(query["upload_id"])
-                must_hold = self._ends_upload()
+                upload = self.server.uploads.get(query["upload_id"])
+                if upload is None:
+                    self._reply_error(410, "gone", "There is no such upload.")
+                    return
+                if upload.answer is not None:
+                    self._reply(*upload.answer)
+                    return
+                condition, must_hold = upload.condition, self._ends_upload()
+                body = self._skip_kept(upload.num_bytes, body)
             else:
-                condition = self._precondition(path, query, body)
-                must_hold = True
+                upload = None
+                condition, must_hold = self._precondition(path, query, body), True
             if condition is not None and must_hold:
                 current = self.server.generation(condition.bucket, condition.name)
                 absent_is_404 = current == 0 and self.command in ("GET", "DELETE")
@@ -144,11 +220,15 @@ class ProxyHandler(BaseHTTPRequestHandler):
                     message = "At least one of the pre-conditions you specified did not hold."
                     self._reply_error(412, "conditionNotMet", message)
                     return
-            status, headers, content = self._forward(body)
-            if starts_upload and condition is not None and status == 200:
+            answer = status, headers, _ = self._forward(body)
+            if starts_upload and status == 200:
                 upload_id = parse_qs(urlsplit(headers["Location"]).query)["upload_id"][0]
-                self.server.resumable[upload_id] = condition
-        self._reply(status, headers, content)
+                self.server.uploads[upload_id] = Upload(condition)
+            if upload is not None and status == 308:
+                upload.num_bytes = int(headers["Range"].rpartition("-")[2]) + 1
+            if upload is not None and status == 200:
+                upload.answer = answer
+        self._reply(*answer)
 
     def _precondition(self, path: str, query: dict[str, str], body: bytes) -> Precondition | None:
         if "ifGenerationMatch" not in query:
@@ -178,6 +258,34 @@ class ProxyHandler(BaseHTTPRequestHandler):
         last, total = known_end.groups()
         return last is None or int(last) + 1 == int(total)
 
+    def _skip_kept(self, num_bytes: int, body: bytes) -> bytes:
+        """Leave out what the store has of an upload already, as GCS does; the emulator refuses it.
+
+        "Retries and resending data" in https://cloud.google.com/storage/docs/resumable-uploads.
+        """
+        place = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", self.headers.get("Content-Range", ""))
+        if place is None or int(place[1]) >= num_bytes:
+            return body
+        is_rest = num_bytes <= int(place[2])
+        rest = f"{num_bytes}-{place[2]}" if is_rest else "*"
+        self.headers.replace_header("Content-Range", f"bytes {rest}/{place[3]}")
+        return body[num_bytes - int(place[1]) :]
+
+    def _spell_out_range(self, path: str) -> bool:
+        """Turn a range counted from the end, which the emulator ignores, into one from the start.
+
+        Returns whether there is anything in the range.
+        """
+        last = re.fullmatch(r"bytes=-(\d+)", self.headers.get("Range", ""))
+        if last is None:
+            return True
+        status, _, body = self.server.forward("GET", path.removeprefix("/download"), {})
+        if status != 200:
+            return True
+        size = int(json.loads(body)["size"])
+        self.headers.replace_header("Range", f"bytes={max(0, size - int(last[1]))}-")
+        return size > 0
+
     def _unknown_preconditions(self, query: dict[str, str], body: bytes) -> str:
         """Name the conditions that were asked for and that this proxy would not keep."""
         unknown = [name for name in query if name.startswith("if") and name != "ifGenerationMatch"]
@@ -187,8 +295,10 @@ class ProxyHandler(BaseHTTPRequestHandler):
         return ", ".join(unknown)
 
     def _read_body(self) -> bytes:
+        """Read the body, half of it if the connection is to break then."""
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            length = int(self.headers.get("Content-Length", 0))
+            return self.rfile.read(length // 2 if self.fault is Fault.CUT_REQUEST else length)
         chunks = []
         while size := int(self.rfile.readline().split(b";")[0], 16):
             chunks.append(self.rfile.read(size))
@@ -199,55 +309,109 @@ class ProxyHandler(BaseHTTPRequestHandler):
 
     def _forward(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
         """Forward this request. Its Host stays: the upload URLs made from it lead back here."""
+        if self.fault is Fault.DAMAGED_REQUEST and body:
+            body = bytes([body[0] ^ 1]) + body[1:]
         headers = {k: v for k, v in self.headers.items() if k.lower() not in CONNECTION_HEADERS}
         return self.server.forward(self.command, self.path, headers, body)
 
     def _reply(self, status: int, headers: dict[str, str], body: bytes) -> None:
+        if self.fault is Fault.LOST_ANSWER:
+            self._drop_connection()
+            return
         self.send_response(status)
         for name, value in headers.items():
             if name.lower() not in CONNECTION_HEADERS:
                 self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        if self.fault is Fault.CUT_ANSWER:
+            self.wfile.write(body[: len(body) // 2])
+            self._drop_connection()
+        else:
+            self.wfile.write(body)
 
-    def _reply_json(self, status: int, content: dict[str, object]) -> None:
-        self._reply(status, {"Content-Type": "application/json"}, json.dumps(content).encode())
+    def _drop_connection(self) -> None:
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
 
-    def _reply_error(self, status: int, reason: str, message: str) -> None:
+    def _reply_json(
+        self, status: int, content: dict[str, object], headers: dict[str, str] | None = None
+    ) -> None:
+        headers = {"Content-Type": "application/json", **(headers or {})}
+        self._reply(status, headers, json.dumps(content).encode())
+
+    def _reply_error(
+        self, status: int, reason: str, message: str, headers: dict[str, str] | None = None
+    ) -> None:
         """Reply with an error in the form of the JSON API."""
         errors = [{"domain": "global", "reason": reason, "message": message}]
-        self._reply_json(status, {"error": {"code": status, "message": message, "errors": errors}})
+        error = {"code": status, "message": message, "errors": errors}
+        self._reply_json(status, {"error": error}, headers)
 
 
-@contextmanager
-def run_emulator() -> Iterator[int]:
-    """Run the emulator, empty and in memory, with the bucket `BUCKET`; yield its port."""
-    with socket.create_server((HOST, 0)) as probe:
-        port = probe.getsockname()[1]
-    options = [f"--host={HOST}", f"--port={port}", "--in-memory", f"--default-bucket={BUCKET}"]
-    command = [sys.executable, "-m", "gcp_storage_emulator", "start", "--quiet", *options]
-    emulator = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    try:
+def _page(
+    answer: tuple[int, dict[str, str], bytes], query: dict[str, str], max_objects: int
+) -> tuple[int, dict[str, str], bytes]:
+    """Cut the page that was asked for out of a whole listing without delimiter."""
+    status, headers, body = answer
+    if status != 200 or "delimiter" in query:
+        return answer
+    start = max(query.get("startOffset", ""), query.get("pageToken", ""))
+    items = [
+        item
+        for item in json.loads(body)["items"]
+        if item["name"] >= start and ("endOffset" not in query or item["name"] < query["endOffset"])
+    ]
+    size = min(int(query.get("maxResults", max_objects)), max_objects)
+    page: dict[str, Any] = {"kind": "storage#objects", "items": items[:size]}
+    if items[size:]:
+        page["nextPageToken"] = items[size]["name"]
+    if fields := re.fullmatch(r"nextPageToken,items\(([\w,]+)\)", query.get("fields", "")):
+        names = fields[1].split(",")
+        del page["kind"]
+        page["items"] = [{name: item[name] for name in names} for item in page["items"]]
+    return status, headers, json.dumps(page).encode()
+
+
+class Emulator:
+    """The emulator, with the bucket `BUCKET`: in memory, or in a folder that outlives it."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+        self.port = 0
+
+    def start(self) -> None:
+        """Start it on a free port, and wait until it answers."""
+        with socket.create_server((HOST, 0)) as probe:
+            port = probe.getsockname()[1]
+        options = [f"--host={HOST}", f"--port={port}", f"--default-bucket={BUCKET}", "--quiet"]
+        where = ["start", "--in-memory"]
+        if self._folder is not None:
+            where = [f"--data-dir={self._folder}", "start"]
+        command = [sys.executable, "-m", "gcp_storage_emulator", *where, *options]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + STARTUP_TIMEOUT_S
         while True:
             try:
                 socket.create_connection((HOST, port)).close()
                 break
             except ConnectionRefusedError:
-                if emulator.poll() is not None or time.monotonic() > deadline:
+                if self._process.poll() is not None or time.monotonic() > deadline:
                     raise RuntimeError(f"the emulator did not start: {command}") from None
                 time.sleep(0.05)
-        yield port
-    finally:
-        emulator.terminate()
-        emulator.wait()
+        self.port = port
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._process.kill()
+        self._process.wait()
 
 
 @contextmanager
-def run_proxy(emulator_port: int) -> Iterator[Proxy]:
-    """Run the proxy in threads of this process."""
-    with Proxy(emulator_port) as proxy:
+def run_proxy(emulator: Emulator) -> Iterator[Proxy]:
+    """Run the emulator, and before it the proxy in threads of this process."""
+    emulator.start()
+    with Proxy(emulator) as proxy:
         thread = threading.Thread(target=proxy.serve_forever, daemon=True)
         thread.start()
         try:
@@ -255,6 +419,7 @@ def run_proxy(emulator_port: int) -> Iterator[Proxy]:
         finally:
             proxy.shutdown()
             thread.join()
+            emulator.kill()
 
 
 def write_credentials(path: Path, token_url: str) -> None:
@@ -278,25 +443,28 @@ def write_credentials(path: Path, token_url: str) -> None:
     path.write_text(json.dumps(account))
 
 
-@pytest.fixture(scope="session")
-def gcs_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
-    """The storage that gs:// means in this process and in its children until the session ends."""
-    credentials = tmp_path_factory.mktemp("gcs") / "credentials.json"
-    with (
-        run_emulator() as emulator_port,
-        run_proxy(emulator_port) as proxy,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        write_credentials(credentials, f"{proxy.url}/token")
+@contextmanager
+def serve_gcs(emulator: Emulator, folder: Path) -> Iterator[Proxy]:
+    """Make an emulator the storage that gs:// means in this process and in its children.
+
+    `folder` takes the credentials.
+    """
+    with run_proxy(emulator) as proxy, pytest.MonkeyPatch.context() as patch:
+        write_credentials(folder / "credentials.json", f"{proxy.url}/token")
         patch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
-        patch.setenv("GOOGLE_APPLICATION_CREDENTIALS", os.fspath(credentials))
+        patch.setenv("GOOGLE_APPLICATION_CREDENTIALS", os.fspath(folder / "credentials.json"))
         patch.setenv("GOOGLE_CLOUD_PROJECT", PROJECT)
-        # Else gcsfs asks Google over gRPC, 60 s for each bucket, what kind of bucket it is.
-        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
         import gcsfs
 
         if gcsfs.GCSFileSystem.__module__ != "gcsfs.core":
-            raise RuntimeError("gcsfs was imported before gcs_server: import it where it is used")
+            raise RuntimeError("gcsfs was imported before pipeline.gcs, which configures it")
+        yield proxy
+
+
+@pytest.fixture(scope="session")
+def gcs_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+    """The storage that gs:// means until the session ends."""
+    with serve_gcs(Emulator(), tmp_path_factory.mktemp("gcs")) as proxy:
         yield proxy
 
 

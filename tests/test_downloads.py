@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from captioning.from_source import SourceCaptioning
-from pipeline import addresses, ingest, storage
+from pipeline import addresses, ingest, judge, storage
 from pipeline.dry_run import print_dry_run
 from pipeline.errors import EvenmixError
 from pipeline.publishing import publish_item
@@ -169,6 +169,27 @@ def test_a_retry_asks_only_for_what_may_be_had(tmp_path: Path, site: Site) -> No
     assert recounted["images/web"] == summary.counts
     # The first run is complete as it was.
     run(asked)
+
+
+def test_pictures_beyond_the_memory_of_a_shard_are_left_for_a_retry(
+    tmp_path: Path, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Room for two of the pictures: each generation of a shard takes what fits.
+    largest = max(map(len, GOOD.values()))
+    monkeypatch.setattr(judge, "SHARD_ROOM_BYTES", 2 * largest)
+    everything = corpus(tmp_path, site)
+    run(everything)
+    num_kept = []
+    while (summary := read_summary(everything.root, "images", "web")) is not None:
+        num_kept.append(summary.counts.records_out)
+        if "shard_full" not in summary.counts.rejected:
+            break
+        retry(everything)
+    assert num_kept == sorted(set(num_kept))
+    assert len(num_kept) > 1
+    assert num_kept[-1] == len(GOOD)
+    index = rows_of(everything, "[!.]*[0-9].parquet") + rows_of(everything, "*.r?.parquet")
+    assert {row["source_id"] for row in index} == {path[1:-4] for path in GOOD}
 
 
 def test_the_stages_after_ingest_follow_a_retry(tmp_path: Path, site: Site) -> None:

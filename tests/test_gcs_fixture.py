@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import fsspec
 import pytest
 from google.api_core.exceptions import BadRequest, PreconditionFailed
-from google.cloud import storage
+from google.cloud.storage import Blob, Client
 
 if TYPE_CHECKING:
     from tests.gcs import Proxy
@@ -74,9 +74,9 @@ def test_precondition_of_a_resumable_upload_must_hold_at_its_end(gcs_bucket: str
     assert fs.cat_file(f"{root}/object") == b"2" * MIB
 
 
-def blob_at(url: str, name: str, chunk_size: int | None = None) -> storage.Blob:
+def blob_at(url: str, name: str, chunk_size: int | None = None) -> Blob:
     bucket, _, prefix = url.removeprefix("gs://").partition("/")
-    return storage.Client().bucket(bucket).blob(f"{prefix}/{name}", chunk_size=chunk_size)
+    return Client().bucket(bucket).blob(f"{prefix}/{name}", chunk_size=chunk_size)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 256 * KIB])

@@ -151,6 +151,6 @@ def test_a_token_opens_a_gate(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None
 def test_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     with serve_hub() as stopped:
         point_at(stopped, monkeypatch)
-    monkeypatch.setattr("pipeline.stores.RETRY_WAITS_S", ())
+    monkeypatch.setattr("pipeline.stores.OUTAGE_WAITS_S", ())
     with pytest.raises(EvenmixError, match=r"^hf://datasets/someone/data is out of reach"):
         the_hub.resolve("hf://datasets/someone/data/*", None)

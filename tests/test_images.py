@@ -150,7 +150,7 @@ print(json.dumps([header.width, header.height, reason, probe_s, growth_kib]))
     output = subprocess.run(command, check=True, capture_output=True, timeout=60).stdout
     width, height, reason, probe_s, growth_kib = json.loads(output)
     assert (width, height, reason) == (20_000, 20_000, "too_many_pixels")
-    assert probe_s < 0.05
+    assert probe_s < 0.5
     assert growth_kib < 20 * 1024
 
 

@@ -6,6 +6,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from gcsfs.credentials import GoogleCredentials
+from google.auth.credentials import Credentials
+from google.auth.exceptions import RefreshError, TransportError
 
 from pipeline import readers, storage, stores
 from pipeline.errors import EvenmixError
@@ -210,3 +213,41 @@ def test_a_repository_that_is_not_there_is_told_as_such(hub: Hub) -> None:
     for call in (storage.glob_files, storage.list_files):
         with pytest.raises(EvenmixError, match="hf://datasets/someone/absent"):
             call("hf://datasets/someone/absent/*.tar")
+
+
+class NoToken(Credentials):
+    """An account for which Google gives no token."""
+
+    def __init__(self, error: RefreshError):
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.error = error
+        self.num_asked = 0
+
+    def refresh(self, request: object) -> None:
+        self.num_asked += 1
+        raise self.error
+
+
+def metadata_server_is_down() -> RefreshError:
+    error = RefreshError("no answer of the metadata server")
+    error.__cause__ = TransportError("HTTP 503")
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "num_asked", "told"),
+    [
+        (RefreshError("unavailable", retryable=True), 3, r"again later"),
+        (metadata_server_is_down(), 3, r"again later"),
+        (RefreshError("invalid_grant"), 1, r"is not open to you \(HTTP 401\)"),
+    ],
+)
+def test_a_token_that_cannot_be_had_for_a_moment_is_asked_for_again(
+    error: RefreshError, num_asked: int, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores, "OUTAGE_WAITS_S", (0.0, 0.0))
+    account = NoToken(error)
+    signing_in = GoogleCredentials("project", "read_only", account)
+    with pytest.raises(EvenmixError, match=told):
+        stores.ask("gs://bucket/a", signing_in.maybe_refresh)
+    assert account.num_asked == num_asked
