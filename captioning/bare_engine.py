@@ -23,7 +23,7 @@ import psutil
 from PIL import Image
 
 from captioning.engine import keeper
-from captioning.engine.models import locate
+from captioning.engine.copies import on_this_machine
 from captioning.engine.questions import EngineConfig, Request
 from captioning.engine.server import (
     LOG_LINES_SHOWN,
@@ -87,7 +87,7 @@ def measure(config: EngineConfig, requests: Sequence[Request]) -> BareRate:
 
 
 def _wait_for_end_of_server(config: EngineConfig) -> None:
-    folder = meeting_folder(locate(config.model), config.arguments, config.revision)
+    folder = meeting_folder(on_this_machine(config.model), config.arguments, config.revision)
     deadline_s = time.monotonic() + SERVER_END_TIMEOUT_S
     while keeper.marked_processes(folder):
         if time.monotonic() > deadline_s:
@@ -103,7 +103,7 @@ def _write_task(folder: Path, config: EngineConfig, requests: Sequence[Request])
         if request.picture is not None:
             np.save(_picture(folder, number), request.picture)
     command = server_command(
-        locate(config.model), config.arguments, Path("socket"), config.revision
+        on_this_machine(config.model), config.arguments, Path("socket"), config.revision
     )
     task = {
         "flags": command[_COMMAND_WORDS:],

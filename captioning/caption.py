@@ -82,27 +82,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--captions", metavar="NAME", help="this set of the recipe (default: the mixture's)"
     )
     model = parser.add_argument_group(
-        "a model's set", "These change the recipe's table of the set, or stand for one."
+        "a model's set", "Override the recipe's `[captions.NAME]`, or stand for it."
     )
     model.add_argument("--model", help="a model's name on the Hub, or a folder")
-    model.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible server that runs")
-    model.add_argument("--captions-per-image", type=int, metavar="N")
+    model.add_argument(
+        "--endpoint", metavar="URL", help="a running server with OpenAI's API, instead of vLLM here"
+    )
+    model.add_argument(
+        "--captions-per-image", type=int, metavar="N", help="captions written for each picture"
+    )
     model.add_argument(
         "--for",
         dest="for_recipe",
         metavar="RECIPE",
         help="ask only for the pictures that this recipe's mixture may select",
     )
-    model.add_argument("--margin", type=float, help="and this share more of them (default 0.1)")
+    model.add_argument(
+        "--margin",
+        type=float,
+        help="further pictures to ask for, as a share of what the mixture takes (default 0.1)",
+    )
     model.add_argument("--parent", metavar="NAME", help="take over the captions of this set")
     model.add_argument(
-        "--redo", metavar="OUTCOMES", help="but those of the parent's, such as truncated,empty"
+        "--redo",
+        metavar="OUTCOMES",
+        help="with --parent: outcomes to ask for again, such as truncated,empty",
     )
     model.add_argument(
         "--bare-engine",
         type=int,
         metavar="N",
-        help="then ask the engine alone for N of the captions, and print the efficiency",
+        help="afterwards ask the engine alone for N of the captions, and print the run's rate as a "
+        "share of its",
     )
 
 
@@ -113,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
     if args.bare_engine is not None:
         _check_bare_engine(args.bare_engine, captions, settings)
     if not isinstance(settings, VllmCaptions):
-        run_set(recipe, captions, runner_of(args))
+        run_set(recipe, captions, runner_of(args, recipe, [captions]))
         return 0
     mixture_of = recipe
     if args.for_recipe is not None:
@@ -127,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
             raise EvenmixError(
                 f"{args.for_recipe} has datasets that {args.recipe} lacks: {', '.join(unknown)}"
             )
-    runner = runner_of(args)
+    runner = runner_of(args, recipe, [captions])
     model_set.write(
         recipe,
         captions,

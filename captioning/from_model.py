@@ -31,7 +31,7 @@ from pipeline.images import Pixels
 from pipeline.originals import DamagedPictureError, read_original
 from pipeline.receipts import fingerprint
 from pipeline.recipe import VllmCaptions
-from pipeline.records import IMAGES
+from pipeline.records import IMAGES, captions_folder
 from pipeline.stage import Output, WorkItem, item_identity
 from pipeline.summary import dataset_url, read_shard
 
@@ -80,7 +80,7 @@ class VllmCaptioning:
     @property
     def folder(self) -> str:
         """The folder below R."""
-        return f"captions/{self.captions}"
+        return captions_folder(self.captions)
 
     @property
     def resource_hints(self) -> Mapping[str, str]:
@@ -200,9 +200,10 @@ class VllmCaptioning:
         self, item: WorkItem, index: Sequence[Mapping[str, Any]]
     ) -> list[list[dict[str, Any]]]:
         """Return the captions of the parent set by row; empty if it does not have the shard."""
-        if "parent" not in item.inputs:
+        parent = self.settings.parent
+        if parent is None or "parent" not in item.inputs:
             return []
-        folder = f"captions/{self.settings.parent}"
+        folder = captions_folder(parent)
         rows = read_shard(self.root, folder, item.dataset, item.shard).to_pylist()
         if [row["key"] for row in rows] != [picture["key"] for picture in index]:
             raise EvenmixError(

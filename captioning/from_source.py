@@ -8,7 +8,7 @@ from captioning import prompts
 from captioning.outcomes import CaptionOutcome
 from captioning.tables import caption_output
 from pipeline.recipe import SourceCaptions
-from pipeline.records import IMAGES
+from pipeline.records import IMAGES, captions_folder
 from pipeline.stage import Output, WorkItem
 from pipeline.summary import read_shard
 
@@ -28,7 +28,7 @@ class SourceCaptioning:
     @property
     def folder(self) -> str:
         """The folder below R."""
-        return f"captions/{self.captions}"
+        return captions_folder(self.captions)
 
     def config(self, dataset: str) -> Mapping[str, Any]:
         """Return what decides the captions."""

@@ -18,9 +18,9 @@ from pipeline.errors import EvenmixError
 from pipeline.exclusions import stored_exclusions
 from pipeline.receipts import fingerprint, read_receipt
 from pipeline.recipe import Recipe, VllmCaptions
-from pipeline.records import IMAGES, NOTES
+from pipeline.records import IMAGES, NOTES, captions_folder
 from pipeline.run import run_stage
-from pipeline.stage import WorkItem, committed_shards
+from pipeline.stage import WorkItem, committed_items
 from pipeline.summary import dataset_url, finished_shards
 
 
@@ -83,14 +83,10 @@ def write(
         recipe.datasets,
         recipe.seed,
         wanted,
-        runner.workers if runner.is_local else None,
+        _processes(settings, runner),
     )
     items = _plan(stage, mixture_of)
-    already = {
-        (dataset, shard)
-        for dataset in {item.dataset for item in items}
-        for shard in committed_shards(dataset_url(recipe.root, stage.folder, dataset))
-    }
+    already = committed_items(stage, items)
     began = datetime.now(UTC)
     run_stage(stage, items, runner)
     settings_url = _note_url(recipe.root, captions, "settings")
@@ -99,6 +95,14 @@ def write(
         measure_bare_engine(stage, items, bare_engine_captions)
     done = [item for item in items if (item.dataset, item.shard) not in already]
     print_efficiency(stage, done, began)
+
+
+def _processes(settings: VllmCaptions, runner: RunnerOptions) -> int | None:
+    """Return how many workers share a machine's engine, None where that is not known."""
+    if runner.is_local:
+        return runner.workers
+    # Dataflow's machines with an accelerator have one (pipeline/dataflow.py).
+    return 1 if runner.is_dataflow and settings.accelerator else None
 
 
 def noted_settings(root: str, captions: str) -> dict[str, Any] | None:
@@ -143,7 +147,7 @@ def _parent_shards(stage: VllmCaptioning, parent: str, dataset: str) -> Mapping[
     Raises:
         EvenmixError: it is not finished, was not made with a model, or has more captions a picture.
     """
-    folder = f"captions/{parent}"
+    folder = captions_folder(parent)
     digests = finished_shards(stage.root, folder, dataset, f"caption --captions {parent}")
     first = storage.join(dataset_url(stage.root, folder, dataset), f"{min(digests)}.parquet")
     config = read_receipt(first).identity["config"]

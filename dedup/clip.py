@@ -54,6 +54,11 @@ class ClipTower:
             "jpeg_reduced_to_px": self.short_edge_px,
         }
 
+    def runs_on_gpu(self) -> bool:
+        """Tell whether this machine has a GPU that the tower runs on."""
+        _, torch = _libraries()
+        return bool(torch.cuda.is_available())
+
     def embed(self, pictures: Iterable[Pixels]) -> Vectors:
         """Describe pictures, all in one batch.
 

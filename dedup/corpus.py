@@ -26,7 +26,7 @@ from dedup.rules import AGAINST, Rules
 from pipeline import storage
 from pipeline.errors import EvenmixError
 from pipeline.exchange import read_slices
-from pipeline.records import IMAGES
+from pipeline.records import IMAGES, duplicates_folder
 from pipeline.stage import WorkItem
 from pipeline.summary import dataset_url
 
@@ -72,7 +72,7 @@ class Places:
     @property
     def folder(self) -> str:
         """The folder below R of the outcome."""
-        return f"duplicates/{self.name}"
+        return duplicates_folder(self.name)
 
     def outcome_url(self, dataset: str) -> str:
         """Return where a table of the report is, which is the only one of its pseudo dataset."""

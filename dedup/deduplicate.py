@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from dedup import against, embed
+from dedup import against
 from dedup.corpus import ALL, Places, Search, Shard, Table, group_shards, memory_for
 from dedup.near_duplicates import Found, Searched, find_near_duplicates
 from dedup.outcome_stages import ChooseRemovals, Report, WriteOutcome
@@ -35,7 +35,7 @@ from pipeline.progress import console
 from pipeline.reasons import RejectReason
 from pipeline.receipts import difference, fingerprint, read_receipt
 from pipeline.recipe import Recipe
-from pipeline.records import IMAGES
+from pipeline.records import IMAGES, embeddings_folder
 from pipeline.run import run_stage
 from pipeline.stage import WorkItem, make_plan
 from pipeline.summary import finished_shards, finished_summary
@@ -149,7 +149,7 @@ def _search_of(recipe: Recipe) -> Search:
         name=recipe.dedup.name,
         seed=recipe.seed,
         rules=rules,
-        embeddings=embed.folder_of(recipe),
+        embeddings=embeddings_folder(recipe.dedup.descriptor),
         descriptor=_common_descriptor(recipe, rules.near_datasets()),
         max_neighbours=recipe.dedup.max_neighbours,
         priority=tuple(recipe.dedup.priority),
@@ -337,7 +337,7 @@ def _common_descriptor(recipe: Recipe, datasets: list[str]) -> Mapping[str, Any]
         EvenmixError: they were embedded by different ones, or not yet.
     """
     found: dict[str, Mapping[str, Any]] = {}
-    folder = embed.folder_of(recipe)
+    folder = embeddings_folder(recipe.dedup.descriptor)
     for dataset in datasets:
         # One receipt is enough: a stage refuses to mix configurations within a dataset.
         shard = min(finished_shards(recipe.root, folder, dataset, "embed"))
@@ -389,7 +389,8 @@ def run(args: argparse.Namespace) -> int:
         "dedup.min_recall": args.min_recall,
         "dedup.against": args.against,
     }
-    recipe, runner = recipe_of(args, overrides), runner_of(args)
+    recipe = recipe_of(args, overrides)
+    runner = runner_of(args, recipe)
     if args.show is not None:
         console.print(show(recipe, args.show), soft_wrap=True)
         return 0

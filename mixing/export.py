@@ -194,5 +194,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `evenmix tfrecords`."""
-    run_recipe(recipe_of(args), runner_of(args))
+    recipe = recipe_of(args)
+    run_recipe(recipe, runner_of(args, recipe))
     return 0

@@ -35,7 +35,7 @@ from pipeline.exchange import exchange_table, read_slices
 from pipeline.originals import decode_original
 from pipeline.receipts import Counts, fingerprint
 from pipeline.recipe import Recipe
-from pipeline.records import IMAGES
+from pipeline.records import IMAGES, captions_folder
 from pipeline.stage import Output, WorkItem
 from pipeline.summary import dataset_url, finished_summary, read_shard
 
@@ -230,7 +230,7 @@ class Gather(_Exchange):
 
         pictures = read(IMAGES, _INDEX_COLUMNS)
         captions = {
-            name: read(f"captions/{name}", _CAPTION_COLUMNS)
+            name: read(captions_folder(name), _CAPTION_COLUMNS)
             for name in recipe.mixture.caption_sets(dataset)
         }
         return [

@@ -22,6 +22,7 @@ from pipeline.progress import console, reasons_text
 from pipeline.reasons import RejectReason
 from pipeline.receipts import Receipt, difference
 from pipeline.recipe import Recipe, preset_recipe
+from pipeline.records import captions_folder
 from pipeline.run import run_stage
 from pipeline.stage import committed_receipts, make_plan
 from pipeline.summary import Summary
@@ -112,7 +113,9 @@ def tell_exhausted(recipe: Recipe, summaries: Mapping[str, Summary]) -> None:
     """
     for dataset, summary in sorted(summaries.items()):
         rejected = summary.counts.rejected
-        captions = " or ".join(f"captions/{name}" for name in recipe.mixture.caption_sets(dataset))
+        captions = " or ".join(
+            captions_folder(name) for name in recipe.mixture.caption_sets(dataset)
+        )
         if RejectReason.NOT_ASKED in rejected and RejectReason.NOT_SAMPLED not in rejected:
             console.print(
                 f"{dataset}: all pictures that {captions} has captions of are taken; "
@@ -261,7 +264,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `evenmix mix`."""
-    recipe, runner = _recipe_of(args), runner_of(args)
+    recipe = _recipe_of(args)
+    runner = runner_of(args, recipe)
     if args.plan:
         print_plan(recipe, runner)
     else:

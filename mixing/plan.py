@@ -34,7 +34,7 @@ from pipeline.originals import read_original
 from pipeline.reasons import RejectReason
 from pipeline.receipts import Counts, total
 from pipeline.recipe import Recipe
-from pipeline.records import IMAGES
+from pipeline.records import IMAGES, captions_folder
 from pipeline.run import run_stage
 from pipeline.summary import finished_shards, read_shard
 
@@ -216,7 +216,7 @@ def _sizes_of_first(recipe: Recipe, dataset: str, shard: str, number: int) -> li
         return read_rows
 
     pictures = read(IMAGES)
-    captions = {name: read(f"captions/{name}") for name in recipe.mixture.caption_sets(dataset)}
+    captions = {name: read(captions_folder(name)) for name in recipe.mixture.caption_sets(dataset)}
     url = tar_url(recipe.root, dataset, shard)
 
     def size(place: int) -> int:

@@ -21,6 +21,7 @@ from pipeline.exchange import read_slices
 from pipeline.originals import decode_original
 from pipeline.receipts import Counts
 from pipeline.recipe import Recipe
+from pipeline.records import mixture_folder
 from pipeline.stage import Output, WorkItem
 from pipeline.tars import TarWriter
 
@@ -49,7 +50,7 @@ class Write:
     @property
     def folder(self) -> str:
         """The folder below R."""
-        return f"mixtures/{self.recipe.mixture.name}"
+        return mixture_folder(self.recipe.mixture.name)
 
     def config(self, dataset: str) -> Mapping[str, Any]:
         """Return what decides the samples, given their selection."""

@@ -1,9 +1,9 @@
 """Running a stage's work items with Beam, in a process of its own and under a watchdog.
 
 Beam's local runner waits for ever when one of its worker processes is killed, for instance by the
-kernel when memory runs out. So a local job runs in a child process that watches its workers: a
-lost worker ends the job with a message within seconds, and a job whose parent is gone ends itself
-and its workers.
+kernel when memory runs out. So a job runs in a child process, which watches the workers of a local
+one: a lost worker ends the job with a message within seconds, and a job whose parent is gone ends
+itself and its workers.
 """
 
 import contextlib
@@ -15,12 +15,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 import psutil
 
+from pipeline.dataflow import Command, Dataflow, Resources
 from pipeline.errors import EvenmixError
 from pipeline.notices import notices, send_notices
 from pipeline.stage import Stage, read_work_list
@@ -40,16 +42,40 @@ class RunnerOptions:
     """Where a job runs.
 
     ``beam_args`` are Beam's own options; without ``--runner`` among them the job runs on this
-    machine with ``workers`` processes.
+    machine with ``workers`` processes. ``dataflow`` and ``resources`` are the recipe's, for the
+    runner of that name.
     """
 
     workers: int = field(default_factory=lambda: os.cpu_count() or 1)
     beam_args: tuple[str, ...] = ()
+    dataflow: Dataflow = field(default_factory=Dataflow)
+    resources: Mapping[Command, Resources] = field(default_factory=dict)
 
     @property
     def is_local(self) -> bool:
         """Tell whether the job runs on this machine."""
-        return not any(arg.split("=")[0] == "--runner" for arg in self.beam_args)
+        return self._runner is None
+
+    @property
+    def is_dataflow(self) -> bool:
+        """Tell whether the job runs on Google Cloud Dataflow."""
+        return self._runner in ("dataflow", "dataflowrunner")
+
+    @property
+    def _runner(self) -> str | None:
+        for word, following in pairwise([*self.beam_args, ""]):
+            name, equals, value = word.partition("=")
+            if name == "--runner":
+                return (value if equals else following).lower()
+        return None
+
+
+@dataclass(frozen=True)
+class RemoteJob:
+    """A job in the cloud, which goes on without the command that waits for it."""
+
+    id: str
+    url: str
 
 
 def run(
@@ -60,14 +86,16 @@ def run(
 ) -> None:
     """Run a stage's work lists to their end, calling ``while_waiting`` about every second.
 
-    What the workers of a local job have to tell is printed meanwhile (pipeline/notices.py).
+    What the workers of a local job have to tell is printed meanwhile (pipeline/notices.py). A job
+    on Dataflow outlives this process: the same call finds it again and waits for it.
 
     Raises:
         EvenmixError: an item cannot be done, or a worker process was lost.
         RuntimeError: an item failed in a way that evenmix does not know; the text has Beam's trace.
     """
-    num_items = sum(len(read_work_list(url)) for url in work_list_urls)
-    options = replace(options, workers=max(1, min(options.workers, num_items)))
+    if options.is_local:
+        num_items = sum(len(read_work_list(url)) for url in work_list_urls)
+        options = replace(options, workers=max(1, min(options.workers, num_items)))
     # A fork server has imported Beam once and has no threads, so each job starts at once.
     os.environ.update(_ALLOCATOR)
     context = multiprocessing.get_context("forkserver")
@@ -81,14 +109,30 @@ def run(
         job.start()
         sender.close()
         family: list[psutil.Process] = []
+        remote: RemoteJob | None = None
         try:
-            # The job sends its failure, or ends.
-            while not wait([receiver, job.sentinel], timeout=1.0):
+            # The job sends where it runs if that is elsewhere, news, and its failure, or ends.
+            while True:
+                if wait([receiver, job.sentinel], timeout=1.0):
+                    match _receive(receiver):
+                        case RemoteJob() as remote:
+                            place = f"{remote.id}: {remote.url}"
+                            _print(f"{stage.name}: waiting for the Dataflow job {place}")
+                        case str() as text:
+                            _print(f"{stage.name}: {text}")
+                        case failure:
+                            break
                 family = _family(job.pid) or family
                 while_waiting()
                 news.show()
-            failure = _receive(receiver)
             job.join(_LOST_WORKER_GRACE_S)
+        except (KeyboardInterrupt, EvenmixError):
+            if remote is not None:
+                _print(
+                    f"the Dataflow job {remote.id} goes on in the cloud: the same command waits "
+                    f"for it again, and it can be cancelled at {remote.url}"
+                )
+            raise
         finally:
             # If the job was killed, its workers are orphans that would go on.
             _kill([*family, *_family(job.pid)] if job.is_alive() else family)
@@ -99,13 +143,19 @@ def run(
         raise _lost(f"the job's process ended with exit code {job.exitcode}")
 
 
-def _receive(receiver: Connection) -> Exception | None:
+def _receive(receiver: Connection) -> RemoteJob | str | Exception | None:
     # A killed job's workers may still hold its end of the pipe.
     with contextlib.suppress(EOFError):
         if receiver.poll():
-            failure: Exception = receiver.recv()
-            return failure
+            message: RemoteJob | str | Exception = receiver.recv()
+            return message
     return None
+
+
+def _print(line: str) -> None:
+    from pipeline.progress import console  # noqa: PLC0415  # workers do without rich
+
+    console.print(line, markup=False, soft_wrap=True)
 
 
 def _lost(what: str) -> EvenmixError:
@@ -124,7 +174,7 @@ def _job_main(
 ) -> None:
     """Run the pipeline; the body of the job's process."""
     # Only here, so that the command does without Beam.
-    from pipeline.beam_pipeline import failure_of, fork_workers, run_to_end  # noqa: PLC0415
+    from pipeline import beam_pipeline  # noqa: PLC0415
 
     # The fork server has kept the environment of the moment when it was started.
     os.environ.update(environment)
@@ -135,14 +185,21 @@ def _job_main(
         # a handler of its own is still logged.
         logging.getLogger().handlers = [logging.NullHandler()]
         send_notices()
-        workers = fork_workers(options)
-        threading.Thread(target=_watch, args=(workers, sender), daemon=True).start()
+        workers = beam_pipeline.fork_workers(options)
     else:
-        logging.basicConfig(level=logging.INFO, force=True)
+        logging.basicConfig(level=logging.WARNING, force=True)
+        workers = []
+    threading.Thread(target=_watch, args=(workers, sender), daemon=True).start()
     try:
-        run_to_end(stage, work_list_urls, options)
+        if options.is_dataflow:
+            # It takes Google's clients a second to import.
+            from pipeline import dataflow_job  # noqa: PLC0415
+
+            dataflow_job.run_to_end(stage, work_list_urls, options, sender.send)
+        else:
+            beam_pipeline.run_to_end(stage, work_list_urls, options)
     except Exception as error:
-        sender.send(failure_of(error))
+        sender.send(beam_pipeline.failure_of(error))
     # Threads of Beam's may linger; all work is published or reported.
     _kill(_family(os.getpid())[:-1])
     os._exit(0)

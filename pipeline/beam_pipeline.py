@@ -7,7 +7,7 @@ to import, and 80 MB.
 import argparse
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from multiprocessing.process import BaseProcess
 
@@ -20,16 +20,28 @@ from pipeline.beam_job import RunnerOptions
 from pipeline.beam_worker import FORKED, Worker, give_to_beam
 from pipeline.errors import EvenmixError
 from pipeline.publishing import publish_item
-from pipeline.stage import Stage, WorkItem, read_work_list
+from pipeline.secrets import provide_hf_token
+from pipeline.stage import Line, Stage, lines_of_work_list, read_line
 
 _CARRIED = "evenmix could not go on: "
 
 
 def run_to_end(stage: Stage, work_list_urls: Sequence[str], options: RunnerOptions) -> None:
-    """Run a stage's work lists; see :func:`failure_of` for what is raised."""
+    """Run a stage's work lists; see :func:`failure_of` for what is raised.
+
+    Raises:
+        EvenmixError: Beam's runner lacks something and cannot start the job.
+    """
     pipeline = empty_pipeline(options)
     build(pipeline, stage, work_list_urls)
-    pipeline.run().wait_until_finish()
+    try:
+        result = pipeline.run()
+    except RuntimeError as error:
+        # Some runners begin the job here, and some end it, with the error of a step.
+        if options.is_local or "[while running" in str(error):
+            raise
+        raise EvenmixError(f"Beam's runner cannot start the job: {error}") from error
+    result.wait_until_finish()
 
 
 def fork_workers(options: RunnerOptions) -> list[BaseProcess]:
@@ -62,47 +74,70 @@ def empty_pipeline(options: RunnerOptions) -> beam.Pipeline:
     )
 
 
-def build(pipeline: beam.Pipeline, stage: Stage, work_list_urls: Sequence[str]) -> beam.PCollection:
-    """Add a stage to a pipeline. Only references travel between its steps, never pictures."""
-    publish = beam.ParDo(PublishItems(stage))
+def build(
+    pipeline: beam.Pipeline,
+    stage: Stage,
+    work_list_urls: Sequence[str],
+    hf_token_secret: str | None = None,
+    resource_hints: Mapping[str, str] | None = None,
+) -> beam.PCollection:
+    """Add a stage to a pipeline. Only references travel between its steps, never pictures.
+
+    Workers without HF_TOKEN read it from the secret of that name (:mod:`pipeline.secrets`).
+    ``resource_hints`` are what the runner is told in place of the stage's own.
+    """
+    hints = stage.resource_hints if resource_hints is None else resource_hints
+    publish = beam.ParDo(PublishItems(stage, hf_token_secret))
     # Beam's local runner would start workers of their own for steps with hints.
-    if stage.resource_hints and not isinstance(pipeline.runner, FnApiRunner):
-        publish = publish.with_resource_hints(**stage.resource_hints)
+    if hints and not isinstance(pipeline.runner, FnApiRunner):
+        publish = publish.with_resource_hints(**hints)
     return (
         pipeline
         | "WorkLists" >> beam.Create(work_list_urls)
-        | "ReadWorkList" >> beam.FlatMap(_read_items)
+        | "ReadWorkList" >> beam.FlatMap(_lines_of)
         | "SpreadOverWorkers" >> beam.Reshuffle()
         | "PublishItems" >> publish
     )
 
 
-def _read_items(work_list_url: str) -> list[WorkItem]:
+def _lines_of(work_list_url: str) -> list[Line]:
     with _carry_message():
-        return read_work_list(work_list_url)
+        return lines_of_work_list(work_list_url)
 
 
 class PublishItems(beam.DoFn):  # type: ignore[misc]
-    """Publishes work items of one stage, ``stage.items_at_once`` at a time.
+    """Publishes work items of one stage, ``stage.items_at_once`` at a time, from their work lists.
 
     So the last downloads of an item, which wait for slow servers, leave nothing idle. An item that
     fails ends the bundle with its error, when the others that have begun are done; nothing
     outlives a bundle.
     """
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: Stage, hf_token_secret: str | None = None) -> None:
         self._stage = stage
+        self._hf_token_secret = hf_token_secret
+
+    def setup(self) -> None:
+        """Read on the worker what no job description may hold."""
+        if self._hf_token_secret is not None:
+            with _carry_message():
+                provide_hf_token(self._hf_token_secret)
 
     def start_bundle(self) -> None:
         """Begin without items."""
         self._threads = ThreadPoolExecutor(self._stage.items_at_once, "item")
         self._begun = set[Future[None]]()
 
-    def process(self, element: WorkItem) -> None:
+    def process(self, element: Line) -> None:
         """Begin an item, as soon as there is a place for it."""
         if len(self._begun) == self._stage.items_at_once:
             self._wait_for_one()
-        self._begun.add(self._threads.submit(publish_item, self._stage, element))
+        self._begun.add(self._threads.submit(self._publish, element))
+
+    def _publish(self, line: Line) -> None:
+        item = read_line(line)
+        if item is not None:
+            publish_item(self._stage, item)
 
     def finish_bundle(self) -> None:
         """Bring all items to their end."""
@@ -143,7 +178,11 @@ def failure_of(error: Exception) -> Exception:
     start = text.rfind(_CARRIED)
     if start < 0:
         return RuntimeError(text)
-    message, _ = json.JSONDecoder().raw_decode(text, start + len(_CARRIED))
+    try:
+        message, _ = json.JSONDecoder().raw_decode(text, start + len(_CARRIED))
+    except json.JSONDecodeError:
+        # A service has cut a long trace.
+        message = text[start + len(_CARRIED) :]
     return EvenmixError(message)
 
 

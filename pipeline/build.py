@@ -19,16 +19,7 @@ STAGES = (
     "captioning.caption",
     "mixing.mix",
 )
-"""The modules of the stages in the order of a build; each has ``run_recipe``."""
-
-CHECKED = (
-    "pipeline.ingest",
-    "dedup.embed",
-    "dedup.deduplicate",
-    "captioning.caption",
-    "mixing.mix",
-)
-"""Those that can refuse a recipe before any work; each has ``check``."""
+"""The modules of the stages in the order of a build; each has ``check`` and ``run_recipe``."""
 
 
 def check(recipe: Recipe) -> None:
@@ -38,7 +29,7 @@ def check(recipe: Recipe) -> None:
         EvenmixError: with everything that stands in the way.
     """
     obstacles = []
-    for name in CHECKED:
+    for name in STAGES:
         try:
             importlib.import_module(name).check(recipe)
         except EvenmixError as error:
@@ -54,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `evenmix build`."""
-    recipe, runner = recipe_of(args), runner_of(args)
+    recipe = recipe_of(args)
+    runner = runner_of(args, recipe)
     check(recipe)
     for name in STAGES:
         importlib.import_module(name).run_recipe(recipe, runner)

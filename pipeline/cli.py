@@ -10,10 +10,12 @@ import sys
 from collections.abc import Sequence
 
 from pipeline.errors import EvenmixError
+from pipeline.notices import print_notices
 from pipeline.printable import printable
 
 COMMANDS = {
     "build": ("pipeline.build", "pipeline,dedup", "run all stages of a recipe"),
+    "plan": ("pipeline.plan.command", "pipeline,dedup", "what a recipe costs, and what it did"),
     "datasets": ("pipeline.datasets_command", "pipeline", "show the catalogue of public datasets"),
     "mirror": ("pipeline.mirror", "pipeline", "copy a source that is not read where it is"),
     "ingest": ("pipeline.ingest", "pipeline", "read the sources, keep pictures that are whole"),
@@ -30,6 +32,8 @@ COMMANDS = {
     "tfrecords": ("mixing.export", "pipeline", "write a mixture as the TFRecords that i1 reads"),
     "train": ("train.train_command", "train", "train on a mixture"),
     "sample": ("train.sample_command", "train", "draw pictures from a trained model"),
+    "export": ("train.export_command", "train", "write a trained model's weights as one file"),
+    "bench": ("train.bench_command", "train", "measure what a training step costs here"),
     "verify": ("pipeline.verify", "pipeline", "recount a corpus and check its files"),
 }
 """Each sub-command's module, the extras that it needs, and what it does."""
@@ -49,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = next((word for word in arguments if word in COMMANDS), None)
     try:
         options = _parse(arguments, chosen)
-        return int(options.run(options))
+        with print_notices():
+            return int(options.run(options))
     except ModuleNotFoundError as error:
         if chosen is None or (error.name or "").split(".")[0] in OWN_PACKAGES:
             raise

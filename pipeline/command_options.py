@@ -2,13 +2,14 @@
 
 import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import pairwise
 from typing import Any
 
 from pipeline.beam_job import RunnerOptions
+from pipeline.dataflow_check import check
 from pipeline.errors import EvenmixError, did_you_mean
-from pipeline.recipe import Recipe, load_recipe
+from pipeline.recipe import Corpus, Recipe, load_recipe
 
 
 def add_stage_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,17 +36,26 @@ def recipe_of(args: argparse.Namespace, overrides: Mapping[str, Any] | None = No
     return load_recipe(args.recipe, {"root": args.root, **(overrides or {})})
 
 
-def runner_of(args: argparse.Namespace) -> RunnerOptions:
-    """Return where a command line wants its jobs to run.
+def runner_of(
+    args: argparse.Namespace, corpus: Corpus, captions: Collection[str] | None = None
+) -> RunnerOptions:
+    """Return where a command line and a recipe want jobs to run.
+
+    ``captions`` are the caption sets that are to be written, if not those of the mixture.
 
     Raises:
-        EvenmixError: Beam has no such option.
+        EvenmixError: Beam has no such option, or Dataflow needs something that is not given.
     """
     if args.workers < 1:
         raise EvenmixError(f"--workers {args.workers}: at least one is needed")
     if args.beam_options:
         _refuse_unknown(args)
-    return RunnerOptions(args.workers, tuple(args.beam_options))
+    runner = RunnerOptions(
+        args.workers, tuple(args.beam_options), corpus.dataflow, corpus.resources
+    )
+    if runner.is_dataflow:
+        check(corpus, runner.beam_args, captions)
+    return runner
 
 
 def _refuse_unknown(args: argparse.Namespace) -> None:

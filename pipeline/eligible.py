@@ -26,7 +26,7 @@ from pipeline.mixture import Filter
 from pipeline.reasons import RejectReason
 from pipeline.receipts import checksum
 from pipeline.recipe import Recipe
-from pipeline.records import ATTRIBUTES, IMAGES, uniform_hash
+from pipeline.records import ATTRIBUTES, IMAGES, captions_folder, duplicates_folder, uniform_hash
 from pipeline.storage import FileInfo
 from pipeline.summary import dataset_url, finished_shards, read_shard
 
@@ -54,7 +54,7 @@ def judge_shard(
     short_edge_px = pc.min_element_wise(index["width"], index["height"])
     reasons = [
         _excluded(recipe, index),
-        tables[_duplicates(recipe)]["rule"],
+        tables[duplicates_folder(recipe.dedup.name)]["rule"],
         _where(pc.less(short_edge_px, min_short_edge_px(recipe)), RejectReason.TOO_SMALL),
         *(
             _where(pc.invert(passes(wanted, tables[wanted.folder])), filtered_reason(wanted))
@@ -62,7 +62,7 @@ def judge_shard(
         ),
     ]
     if with_captions:
-        sets = [tables[_captions(name)] for name in recipe.mixture.caption_sets(dataset)]
+        sets = [tables[captions_folder(name)] for name in recipe.mixture.caption_sets(dataset)]
         reasons.append(_uncaptioned(sets, recipe.mixture.outcomes))
     first = pc.coalesce(*reasons)
     return list(zip(index["key"].to_pylist(), first.to_pylist(), strict=True))
@@ -152,11 +152,16 @@ def input_columns(recipe: Recipe, dataset: str, with_captions: bool) -> dict[str
     The image index is the first. All have the column ``key`` beside these.
     """
     identifying = [] if recipe.exclusions is None else _IDENTIFYING_COLUMNS
-    columns = {IMAGES: ["width", "height", *identifying], _duplicates(recipe): ["rule"]}
+    columns = {
+        IMAGES: ["width", "height", *identifying],
+        duplicates_folder(recipe.dedup.name): ["rule"],
+    }
     for wanted in filters_of(recipe, dataset):
         columns.setdefault(wanted.folder, []).append(wanted.column_name)
     if with_captions:
-        columns |= {_captions(name): [_OUTCOMES] for name in recipe.mixture.caption_sets(dataset)}
+        columns |= {
+            captions_folder(name): [_OUTCOMES] for name in recipe.mixture.caption_sets(dataset)
+        }
     return columns
 
 
@@ -226,14 +231,6 @@ def _remedy(folder: str) -> str:
     if family == "captions":
         return f"run `evenmix caption --captions {name}` again"
     return "write one for each shard of the index, named as that, with its keys in its order"
-
-
-def _duplicates(recipe: Recipe) -> str:
-    return f"duplicates/{recipe.dedup.name}"
-
-
-def _captions(name: str) -> str:
-    return f"captions/{name}"
 
 
 def _read_tables(

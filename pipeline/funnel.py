@@ -8,7 +8,7 @@ from rich.table import Table
 from pipeline.progress import reasons_text
 from pipeline.receipts import Counts
 from pipeline.recipe import Recipe
-from pipeline.records import IMAGES
+from pipeline.records import IMAGES, captions_folder, duplicates_folder, mixture_folder
 from pipeline.summary import read_summary
 
 
@@ -24,12 +24,12 @@ def funnel_table(recipe: Recipe) -> Table:
     table.add_column("mixture", justify="right")
     for dataset in sorted(recipe.datasets):
         ingested = _counts(recipe, IMAGES, dataset)
-        deduplicated = _counts(recipe, f"duplicates/{recipe.dedup.name}", dataset)
+        deduplicated = _counts(recipe, duplicates_folder(recipe.dedup.name), dataset)
         captioned = {
-            name: _counts(recipe, f"captions/{name}", dataset).records_out
+            name: _counts(recipe, captions_folder(name), dataset).records_out
             for name in recipe.mixture.caption_sets(dataset)
         }
-        mixed = _counts(recipe, f"mixtures/{recipe.mixture.name}", dataset)
+        mixed = _counts(recipe, mixture_folder(recipe.mixture.name), dataset)
         table.add_row(
             dataset,
             f"{ingested.records_in:,}",

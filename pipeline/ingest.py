@@ -27,7 +27,7 @@ from pipeline.recipe import Corpus, Recipe
 from pipeline.records import IMAGES
 from pipeline.retry import retry_items
 from pipeline.run import run_stage
-from pipeline.stage import WorkItem, committed_shards
+from pipeline.stage import WorkItem, a_committed_shard
 from pipeline.summary import dataset_url
 
 
@@ -121,7 +121,7 @@ def _revision_begun(root: str, name: str) -> str | None:
     The head of a repository may have moved on since.
     """
     folder = dataset_url(root, IMAGES, name)
-    shard = next(iter(committed_shards(folder)), None)
+    shard = a_committed_shard(folder)
     if shard is None:
         return None
     identity = read_receipt(storage.join(folder, f"{shard}.parquet")).identity
@@ -181,7 +181,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `evenmix ingest`."""
-    corpus, trial, runner = _corpus_of(args), _trial_of(args), runner_of(args)
+    corpus, trial = _corpus_of(args), _trial_of(args)
+    runner = runner_of(args, corpus)
     stage, items = plan(corpus, trial)
     if args.retry:
         items = retry_items(stage, items)

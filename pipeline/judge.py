@@ -5,8 +5,9 @@ What a source has is judged as it is read; what must be downloaded is judged as 
 
 import hashlib
 import json
+import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -19,6 +20,10 @@ from pipeline.readers.rules import Record
 from pipeline.reasons import PictureError, RejectReason
 from pipeline.recipe import Fetch
 from pipeline.records import key_of
+
+SHARD_ROOM_BYTES = 1 << 30
+"""What the downloaded pictures of a shard may have together. A shard is built in memory; 512
+ordinary pictures are far below it, and what is beyond is left for a retry."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +91,15 @@ class Judge:
                 retryable=fetched.retryable,
                 fetched=fetched,
             )
-        size = len(fetched.body)
+        size, picture = len(fetched.body), fetched.body
+        # What is not kept must not stay in memory until its shard is done.
+        fetched = replace(fetched, body=b"")
         by_url = any(fnmatchcase(fetched.final_url, p) for p in self.dataset.placeholder_urls)
         if by_url or size in self.dataset.placeholder_bytes:
             detail = f"{size} bytes from {fetched.final_url}"
             reason = RejectReason.PLACEHOLDER
             return Verdict(record, key, reason=reason, detail=detail, fetched=fetched)
-        return self._look(record, fetched.body, fetched)
+        return self._look(record, picture, fetched)
 
     def _look(self, record: Record, picture: bytes, fetched: Fetched | None) -> Verdict:
         key = self.key_of(record)
@@ -133,16 +140,48 @@ class Judge:
 def download(records: Iterable[Record], judge: Judge, policy: Fetch) -> list[Verdict]:
     """Download the pictures of records and return the verdicts, in the order of the records.
 
-    What needs no look at its picture is not downloaded.
+    What needs no look at its picture is not downloaded. Pictures for which a shard has no room are
+    left for a retry.
     """
     known = [(record, judge.without_picture(record)) for record in records]
     wanted = [record for record, verdict in known if verdict is None]
+    room = _Room(SHARD_ROOM_BYTES)
+
+    def verdict_on(number: int, fetched: Fetched) -> Verdict:
+        verdict = judge.of_download(wanted[number], fetched)
+        if verdict.row is None or room.take(len(verdict.picture)):
+            return verdict
+        return replace(
+            verdict,
+            picture=b"",
+            row=None,
+            reason=RejectReason.SHARD_FULL,
+            detail=f"{len(verdict.picture):,} bytes more than fit beside the others",
+            retryable=True,
+        )
+
     downloaded = iter(
         fetch_all(
             [str(record.image_url) for record in wanted],
             policy,
             judge.limits.max_bytes,
-            lambda number, fetched: judge.of_download(wanted[number], fetched),
+            verdict_on,
         )
     )
     return [verdict or next(downloaded) for _, verdict in known]
+
+
+class _Room:
+    """What is left of a number of bytes; several threads take from it."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._free_bytes = num_bytes
+        self._lock = threading.Lock()
+
+    def take(self, num_bytes: int) -> bool:
+        """Take so many bytes and return True, or return False if there are fewer."""
+        with self._lock:
+            if num_bytes > self._free_bytes:
+                return False
+            self._free_bytes -= num_bytes
+            return True

@@ -15,6 +15,7 @@ from pydantic import (
 
 from pipeline.catalog import CATALOG
 from pipeline.config_file import Name, Section, configure, load_toml
+from pipeline.dataflow import Command, Dataflow, Resources
 from pipeline.dataset import (
     Dataset,
     Duplicates,
@@ -263,6 +264,8 @@ class Corpus(Section):
 
     A dataset with ``catalog = "NAME"`` is that of the catalogue, but for the keys that are given
     beside it. ``exclusions`` is a list of pictures to leave out (:mod:`pipeline.exclusions`).
+    ``dataflow`` and ``resources`` say where a run on Google Cloud takes place
+    (:mod:`pipeline.dataflow`), and are in nothing's identity.
     """
 
     root: Root
@@ -270,6 +273,8 @@ class Corpus(Section):
     exclusions: str | None = None
     images: Images = Images()
     fetch: Fetch = Fetch()
+    dataflow: Dataflow = Dataflow()
+    resources: dict[Command, Resources] = {}
 
     @field_validator("datasets", mode="before")
     @classmethod

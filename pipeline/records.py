@@ -24,6 +24,27 @@ ATTRIBUTES = "attributes"
 NOTES = "notes"
 """The folder below R where runs note things for later ones; no part of the corpus."""
 
+
+def embeddings_folder(descriptor: str) -> str:
+    """Return the folder below R with a descriptor of each picture."""
+    return f"embeddings/{descriptor}"
+
+
+def duplicates_folder(name: str) -> str:
+    """Return the folder below R with what a search for duplicates found (``dedup.name``)."""
+    return f"duplicates/{name}"
+
+
+def captions_folder(name: str) -> str:
+    """Return the folder below R with a caption set."""
+    return f"captions/{name}"
+
+
+def mixture_folder(name: str) -> str:
+    """Return the folder below R with a mixture."""
+    return f"mixtures/{name}"
+
+
 INDEX = pa.schema(
     [
         ("key", pa.string()),

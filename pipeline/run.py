@@ -1,6 +1,7 @@
 """Running a stage from its plan to its closing table."""
 
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 
 from pipeline import beam_job
 from pipeline.beam_job import RunnerOptions
@@ -8,6 +9,7 @@ from pipeline.progress import Progress, console, exists_line, print_counts
 from pipeline.publishing import remove_leftovers
 from pipeline.stage import Stage, WorkItem, finish, make_plan, sweep_temporaries, write_work_lists
 from pipeline.summary import Summary, dataset_url, read_summary
+from pipeline.usage import note_run
 
 
 def run_stage(
@@ -21,6 +23,7 @@ def run_stage(
         EvenmixError: something published was made in another way, an item cannot be done, or a
             worker was lost. What has been published stays, and the next run goes on from there.
     """
+    started = datetime.now(UTC)
     plan = make_plan(stage, items)
     datasets = sorted({item.dataset for item in items})
     if plan.is_finished:
@@ -35,12 +38,14 @@ def run_stage(
                 f"{stage.name}: {len(plan.finished)} of {len(items)} items are published already",
                 soft_wrap=True,
             )
-        remove_leftovers(stage, plan.missing)
+        remove_leftovers(stage, plan)
         work_lists = write_work_lists(stage, plan.missing)
         with Progress(stage, plan) as progress:
             beam_job.run(stage, work_lists, options, progress.update)
     finish(stage, items)
     summaries = _summaries(stage, datasets)
+    if plan.missing:
+        note_run(stage, plan.missing, summaries, options, started)
     counts = {dataset: summary.counts for dataset, summary in summaries.items()}
     print_counts(f"{stage.name} ({stage.folder})", counts)
     return summaries

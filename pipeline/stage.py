@@ -8,9 +8,9 @@ missing and nothing else.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from typing import Any, Protocol
 
@@ -37,6 +37,10 @@ from pipeline.summary import (
 REJECTED_SUFFIX = ".rejected.parquet"
 OBSERVED_SUFFIX = ".fetch.parquet"
 _CONCURRENT_READS = 64  # of footers, which are a few kilobytes
+_CONCURRENT_REMOVALS = 64
+_RECEIPTS_AHEAD = 1024
+SHARDS_PER_LISTING = 250
+"""A shard has up to four files, and gs:// lists a thousand at once."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class WorkItem:
 class Output:
     """What an item publishes: its table, and where it has them its tar and rejected records.
 
-    ``files`` are further ones whose names somebody else has laid down; no two items have the same.
+    ``files`` are further ones, under names of the stage's own; no two items may use the same.
 
     ``observed`` is there if another attempt at the item would give other bytes, as a download
     does; such an item has a tar and a table of rejected records, and nothing else.
@@ -132,11 +136,12 @@ def item_identity(stage: Stage, item: WorkItem) -> dict[str, Any]:
 class Plan:
     """The items of a stage, split into those with a commit and those that remain.
 
-    ``summarised`` has the generations of datasets that are finished.
+    ``finished`` has the ``<dataset>/<shard>`` of those with a commit, ``summarised`` the
+    generations of datasets that are finished as a whole.
     """
 
     items: Sequence[WorkItem]
-    finished: Mapping[str, Receipt]
+    finished: Set[str]
     summarised: Mapping[tuple[str, int], Summary]
 
     @property
@@ -170,7 +175,7 @@ def make_plan(stage: Stage, items: Sequence[WorkItem]) -> Plan:
     Raises:
         EvenmixError: something published comes from other inputs or another configuration.
     """
-    finished: dict[str, Receipt] = {}
+    finished: set[str] = set()
     summarised: dict[tuple[str, int], Summary] = {}
     for (dataset, generation), group in _by_generation(items).items():
         planned = {item.shard: item_identity(stage, item) for item in group}
@@ -183,18 +188,20 @@ def make_plan(stage: Stage, items: Sequence[WorkItem]) -> Plan:
         }:
             summarised[dataset, generation] = summary
             continue
-        receipts = committed_receipts(stage, dataset, generation)
-        for shard in sorted(receipts.keys() | done.keys()):
-            refuse_other_identity(stage, dataset, shard, receipts.get(shard), planned.get(shard))
+        folder = dataset_url(stage.root, stage.folder, dataset)
+        shards = _of_generation(committed_shards(folder, planned), generation)
+        for shard in sorted(done.keys() - set(shards)):
+            refuse_other_identity(stage, dataset, shard, None, planned.get(shard))
+        for shard, receipt in read_receipts(folder, shards):
+            refuse_other_identity(stage, dataset, shard, receipt, planned.get(shard))
         if summary:
             added = sorted(planned.keys() - done.keys())
             raise EvenmixError(
-                f"{dataset_url(stage.root, stage.folder, dataset)} is finished, but its inputs "
-                f"have grown by {len(added)} shards ({', '.join(added[:3])}...). A finished "
-                "dataset is not changed: give the new files a dataset name of their own, or take "
-                "another root."
+                f"{folder} is finished, but its inputs have grown by {len(added)} shards "
+                f"({', '.join(added[:3])}...). A finished dataset is not changed: give the new "
+                "files a dataset name of their own, or take another root."
             )
-        finished |= {f"{dataset}/{shard}": receipt for shard, receipt in receipts.items()}
+        finished |= {f"{dataset}/{shard}" for shard in shards}
     return Plan(items, finished, summarised)
 
 
@@ -228,24 +235,63 @@ def refuse_other_identity(
         raise EvenmixError(f"{url} was made in another way ({lines}). {remedy}")
 
 
-def committed_receipts(stage: Stage, dataset: str, generation: int = 0) -> dict[str, Receipt]:
-    """Read the receipts of all committed items of a generation of a dataset, by shard."""
+def committed_receipts(stage: Stage, dataset: str) -> dict[str, Receipt]:
+    """Read the receipts of all committed items of a dataset's first generation, by shard."""
     folder = dataset_url(stage.root, stage.folder, dataset)
-    shards = [shard for shard in committed_shards(folder) if generation_of(shard) == generation]
+    return dict(read_receipts(folder, _of_generation(committed_shards(folder), 0)))
+
+
+def read_receipts(folder: str, shards: Sequence[str]) -> Iterator[tuple[str, Receipt]]:
+    """Yield shards of a folder with their receipts, in order; many are read at once."""
     with ThreadPoolExecutor(_CONCURRENT_READS) as pool:
-        receipts = pool.map(
-            lambda shard: read_receipt(storage.join(folder, f"{shard}.parquet")), shards
+        for start in range(0, len(shards), _RECEIPTS_AHEAD):
+            some = shards[start : start + _RECEIPTS_AHEAD]
+            urls = [storage.join(folder, f"{shard}.parquet") for shard in some]
+            yield from zip(some, pool.map(read_receipt, urls), strict=True)
+
+
+def committed_shards(folder: str, planned: Iterable[str] = ()) -> list[str]:
+    """List the shards of a folder that have a commit.
+
+    The ``planned`` shards tell where a long listing can be split, so that it takes less time.
+    """
+    return _committed(file_names(folder, planned))
+
+
+def committed_items(stage: Stage, items: Sequence[WorkItem]) -> set[tuple[str, str]]:
+    """Return dataset and shard of what has a commit, of the datasets of ``items``."""
+    return {
+        (dataset, shard)
+        for (dataset, _), group in _by_generation(items).items()
+        for shard in committed_shards(
+            dataset_url(stage.root, stage.folder, dataset), [item.shard for item in group]
         )
-        return dict(zip(shards, receipts, strict=True))
+    }
 
 
-def committed_shards(folder: str) -> list[str]:
-    """List the shards of a folder that have a commit."""
-    return [
-        file.name.removesuffix(".parquet")
-        for file in storage.list_files(folder)
-        if is_commit(file.name)
-    ]
+def a_committed_shard(folder: str) -> str | None:
+    """Return one of the shards of a folder that have a commit, None if there is none."""
+    names = (file.name for file in storage.walk_files(folder))
+    return next((name.removesuffix(".parquet") for name in names if is_commit(name)), None)
+
+
+def file_names(folder: str, planned: Iterable[str]) -> list[str]:
+    """List the files of a folder; the ``planned`` shards are as in :func:`committed_shards`."""
+    return [file.name for file in walk_shards(folder, planned)]
+
+
+def walk_shards(folder: str, planned: Iterable[str]) -> Iterator[storage.FileInfo]:
+    """Yield the files of a folder; a long listing is split between the ``planned`` shards."""
+    boundaries = sorted(planned)[SHARDS_PER_LISTING::SHARDS_PER_LISTING]
+    return storage.walk_files(folder, boundaries)
+
+
+def _committed(names: Sequence[str]) -> list[str]:
+    return [name.removesuffix(".parquet") for name in names if is_commit(name)]
+
+
+def _of_generation(shards: Sequence[str], generation: int) -> list[str]:
+    return [shard for shard in shards if generation_of(shard) == generation]
 
 
 def is_commit(name: str) -> bool:
@@ -280,13 +326,45 @@ def write_work_lists(stage: Stage, items: Sequence[WorkItem]) -> list[str]:
 
 def read_work_list(url: str) -> list[WorkItem]:
     """Read a work list; one that is gone was finished by another build, so nothing remains."""
+    return [_work_item(line) for line in _lines(url)]
+
+
+def _lines(url: str) -> list[bytes]:
     try:
-        lines = storage.read_bytes(url).splitlines()
+        return storage.read_bytes(url).splitlines(keepends=True)
     except EvenmixError:
         if storage.exists(url):
             raise
         return []
-    return [WorkItem(**json.loads(line)) for line in lines]
+
+
+def _work_item(line: bytes) -> WorkItem:
+    return WorkItem(**json.loads(line))
+
+
+Line = tuple[str, int, int]
+"""Where a work list has an item: its URL, the offset, the number of bytes. No more goes through a
+shuffle, however much an item has to be told."""
+
+
+def lines_of_work_list(url: str) -> list[Line]:
+    """Return where the items of a work list are; none if it is gone."""
+    lines, offset = [], 0
+    for line in _lines(url):
+        lines.append((url, offset, len(line)))
+        offset += len(line)
+    return lines
+
+
+def read_line(line: Line) -> WorkItem | None:
+    """Read an item from its work list; None if that was finished by another build, and is gone."""
+    url, offset, num_bytes = line
+    try:
+        return _work_item(storage.read_bytes(url, offset, num_bytes))
+    except EvenmixError:
+        if storage.exists(url):
+            raise
+        return None
 
 
 def finish(stage: Stage, items: Sequence[WorkItem]) -> None:
@@ -298,18 +376,23 @@ def finish(stage: Stage, items: Sequence[WorkItem]) -> None:
     """
     for (dataset, generation), group in _by_generation(items).items():
         planned = {item.shard: item_identity(stage, item) for item in group}
-        receipts = committed_receipts(stage, dataset, generation)
-        absent = planned.keys() - receipts.keys()
+        folder = dataset_url(stage.root, stage.folder, dataset)
+        names = file_names(folder, planned)
+        shards = _of_generation(_committed(names), generation)
+        absent = planned.keys() - set(shards)
         if absent:
             raise EvenmixError(
                 f"{stage.name}: {len(absent)} shards of {dataset} were not published, such as "
                 f"{min(absent)}; start the same command again"
             )
-        for shard, receipt in sorted(receipts.items()):
+        receipts: dict[str, Receipt] = {}
+        for shard, receipt in read_receipts(folder, shards):
             refuse_other_identity(stage, dataset, shard, receipt, planned.get(shard))
+            # The equal one, which is there already: of many shards identities take most memory.
+            receipts[shard] = replace(receipt, identity=planned[shard])
         summary = summarise(stage.name, dataset, receipts)
-        folder = dataset_url(stage.root, stage.folder, dataset)
-        _sweep(folder, receipts, generation)
+        sweep_temporaries(folder, generation)
+        _sweep(folder, names, receipts, generation)
         storage.publish(storage.join(folder, summary_name(generation)), summary.to_json())
 
 
@@ -318,15 +401,19 @@ def sweep_temporaries(folder: str, generation: int) -> None:
 
     A writer that is still busy with one of them has lost anyway.
     """
-    for file in storage.list_files(folder):
-        name = file.name.rpartition("/")[2]
-        if name.startswith(storage.TEMPORARY_PREFIX) and generation_of(name) == generation:
-            storage.remove(file.url)
+    files = storage.walk_files(folder, prefix=storage.TEMPORARY_PREFIX)
+    with ThreadPoolExecutor(_CONCURRENT_REMOVALS) as pool:
+        of_generation = [file.url for file in files if generation_of(file.name) == generation]
+        list(pool.map(storage.remove, of_generation))
 
 
-def _sweep(folder: str, receipts: Mapping[str, Receipt], generation: int) -> None:
-    """Remove what killed runs left in the folder of a generation whose items are all published."""
-    sweep_temporaries(folder, generation)
+def _sweep(
+    folder: str, names: Sequence[str], receipts: Mapping[str, Receipt], generation: int
+) -> None:
+    """Remove what killed runs left in the folder of a generation whose items are all published.
+
+    ``names`` are the files that were there when the last item was.
+    """
     kept = {
         f"{shard}{suffix}"
         for shard, receipt in receipts.items()
@@ -337,8 +424,8 @@ def _sweep(folder: str, receipts: Mapping[str, Receipt], generation: int) -> Non
         )
         if is_there
     }
-    for file in storage.list_files(folder):
+    for name in names:
         for suffix in (".tar", REJECTED_SUFFIX, OBSERVED_SUFFIX):
-            shard = file.name.removesuffix(suffix)
-            if shard != file.name and file.name not in kept and generation_of(shard) == generation:
-                storage.remove(file.url)
+            shard = name.removesuffix(suffix)
+            if shard != name and name not in kept and generation_of(shard) == generation:
+                storage.remove(storage.join(folder, name))

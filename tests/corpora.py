@@ -171,6 +171,6 @@ def evenmix(*arguments: str, **options: Any) -> subprocess.Popen[str]:
 
 def finish(process: subprocess.Popen[str]) -> str:
     """Wait for a command that must succeed and return what it printed."""
-    printed, _ = process.communicate(timeout=300)
+    printed, _ = process.communicate(timeout=900)
     assert process.returncode == 0, printed
     return printed

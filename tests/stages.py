@@ -75,7 +75,7 @@ def items(*shards: str, dataset: str = "d") -> list[WorkItem]:
 def run_here(stage: Stage, items: Sequence[WorkItem]) -> Mapping[str, Summary]:
     """Do what `run_stage` does, in this process and without Beam."""
     plan = make_plan(stage, items)
-    remove_leftovers(stage, plan.missing)
+    remove_leftovers(stage, plan)
     for item in plan.missing:
         publish_item(stage, item)
     finish(stage, items)

@@ -19,7 +19,7 @@ from pipeline import beam_job, storage
 from pipeline.beam_job import RunnerOptions
 from pipeline.beam_pipeline import PublishItems, beam_option_names, empty_pipeline
 from pipeline.errors import EvenmixError
-from pipeline.stage import Output, WorkItem, write_work_lists
+from pipeline.stage import Line, Output, WorkItem, lines_of_work_list, write_work_lists
 from tests.stages import Words, items
 
 THREE_WORKERS = RunnerOptions(workers=3)
@@ -123,15 +123,21 @@ class Watched(Words):
             Watched.running -= 1
 
 
+def lines_of(stage: Words, shards: str) -> list[Line]:
+    (work_list,) = write_work_lists(stage, items(*shards))
+    return lines_of_work_list(work_list)
+
+
 @pytest.mark.parametrize("at_once", [1, 3])
 def test_a_bundle_does_as_many_items_at_once_as_the_stage_wants(
     tmp_path: Path, at_once: int
 ) -> None:
     Watched.most_running = 0
-    bundle = PublishItems(Watched(str(tmp_path), pause_s=0.05, items_at_once=at_once))
+    stage = Watched(str(tmp_path), pause_s=0.05, items_at_once=at_once)
+    bundle = PublishItems(stage)
     bundle.start_bundle()
-    for item in items(*"abcdefg"):
-        bundle.process(item)
+    for line in lines_of(stage, "abcdefg"):
+        bundle.process(line)
     bundle.finish_bundle()
     assert Watched.most_running == at_once
     for shard in "abcdefg":
@@ -147,7 +153,7 @@ def test_an_error_of_an_item_ends_its_bundle_and_leaves_nothing_running(
     stage = Watched(str(tmp_path), pause_s=0.1, defect="odd", items_at_once=2)
     bundle = PublishItems(stage)
     bundle.start_bundle()
-    first, second, *others = items(*"abc"[:num_items])
+    first, second, *others = lines_of(stage, "abc"[:num_items])
     bundle.process(first)
     bundle.process(second)
     with pytest.raises(ValueError, match="odd"):
@@ -214,7 +220,7 @@ class Telling(Words):
         log.warning("[red]the server of %s\x1b[2J does not work now", item.shard)
         log.info("starting another for %s", item.shard)
         log.debug("details")
-        logging.getLogger("pipeline.stores").error("nobody is told")
+        logging.getLogger("pipeline.fetch").error("nobody is told")
         logging.error("neither this")
         return super().process(item)
 

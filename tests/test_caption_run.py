@@ -112,8 +112,8 @@ def test_the_command_captions_a_corpus_at_a_rate_it_compares_with_the_engine_alo
 def test_a_run_that_is_killed_goes_on_with_another_family_and_is_measured(
     recipe: Path, models: dict[str, Path]
 ) -> None:
-    # 160 captions in each shard of the shapes: more than a slice.
-    caption = ("caption", str(recipe), "--captions=llava", "--captions-per-image=10", "--workers=1")
+    # 320 captions in each shard of the shapes: more than a slice.
+    caption = ("caption", str(recipe), "--captions=llava", "--captions-per-image=20", "--workers=1")
     folder = recipe.parent / "corpus" / "captions" / "llava"
     process = corpora.evenmix(*caption, start_new_session=True)
     assert eventually(lambda: list(folder.glob("shapes/.temporary-slice-*")))
@@ -131,16 +131,19 @@ def test_a_run_that_is_killed_goes_on_with_another_family_and_is_measured(
     found = captions_of(recipe, "llava")
     assert {name: len(pictures) for name, pictures in found.items()} == KEPT
     captions = [each for pictures in found.values() for picture in pictures for each in picture]
-    assert len(captions) == 10 * sum(KEPT.values())
+    assert len(captions) == 20 * sum(KEPT.values())
     # What the killed run had kept is in the set; slices of shards it had published are no use.
     before = sum(each["asked"] < killed for each in captions)
-    rows = sum(pq.read_metadata(path).num_rows for path in published) * 10
+    rows = sum(pq.read_metadata(path).num_rows for path in published) * 20
     kept = [
         path for path in slices if folder / "shapes" / path.name.split("-", 4)[-1] not in published
     ]
     assert before == rows + SLICE_CAPTIONS * len(kept) > 0
     assert not list(folder.glob("*/.temporary-*"))
-    assert re.search(r"the bare engine: [\d,]+ tokens/s \(vLLM's LLM.chat, 32 captions", printed)
-    share = re.search(r"efficiency: (\d\.\d\d) of the bare engine's", printed)
-    assert share, printed
-    assert 0 < float(share[1]) < 2
+    bare = re.search(r"the bare engine: ([\d,]+) tokens/s \(vLLM's LLM.chat, 32 captions", printed)
+    run = re.search(r"caption: [\d,]+ captions with .*: ([\d,]+) tokens/s", printed)
+    share = re.search(r"efficiency: (\d+\.\d\d) of the bare engine's", printed)
+    assert bare and run and share, printed
+    # How fast either is depends on what else the machine does; that the share is theirs does not.
+    rates = [int(found[1].replace(",", "")) for found in (run, bare)]
+    assert float(share[1]) == pytest.approx(rates[0] / rates[1], rel=0.05, abs=0.01)

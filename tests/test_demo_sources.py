@@ -23,8 +23,10 @@ from demo.fonts import plain_font
 from demo.photographs import EDITS, ODD_FILES, PHOTOGRAPHS
 from pipeline.images import Limits, decode, sha256_of_pixels
 from pipeline.reasons import PictureError
+from pipeline.recipe import load_recipe
 
-LIMITS = Limits(sources.MIN_SHORT_EDGE_PX, max_pixels=10_000_000, max_bytes=10_000_000)
+MIN_SHORT_EDGE_PX = load_recipe("demo/recipe.toml").images.min_short_edge_px
+LIMITS = Limits(MIN_SHORT_EDGE_PX, max_pixels=10_000_000, max_bytes=10_000_000)
 PRIVATE_USE = range(0xE000, 0xF900)
 
 

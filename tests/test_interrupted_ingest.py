@@ -79,11 +79,13 @@ def write_recipe(folder: Path, source: Path) -> Path:
 
 
 def hashes(root: Path) -> dict[str, str]:
-    """Hash what must be equal: everything but the times of the downloads."""
+    """Hash what must be equal: everything but the times of the downloads and of the runs."""
     return {
         str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in root.rglob("*")
-        if path.is_file() and not path.name.endswith(".fetch.parquet")
+        if path.is_file()
+        and not path.name.endswith(".fetch.parquet")
+        and path.parent.name != "runs"
     }
 
 

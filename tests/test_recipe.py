@@ -127,8 +127,8 @@ def test_all_mistakes_come_at_once_with_a_suggestion_for_each_unknown_key(tmp_pa
         "integer",
         "  mixture.min_short_edge: unknown key; did you mean 'min_short_edge_px'?",
         "  sead: unknown key; did you mean 'seed'?",
-        "  zebra: unknown key; known are captions, datasets, dedup, exclusions, fetch, images, "
-        "mixture, root, seed",
+        "  zebra: unknown key; known are captions, dataflow, datasets, dedup, exclusions, "
+        "fetch, images, mixture, resources, root, seed",
     ]
 
 

@@ -15,7 +15,15 @@ from pipeline.errors import EvenmixError
 from pipeline.publishing import publish_item
 from pipeline.receipts import Counts, checksum, read_receipt
 from pipeline.run import run_stage
-from pipeline.stage import WorkItem, finish, make_plan, read_work_list, write_work_lists
+from pipeline.stage import (
+    WorkItem,
+    finish,
+    lines_of_work_list,
+    make_plan,
+    read_line,
+    read_work_list,
+    write_work_lists,
+)
 from pipeline.summary import Summary, finished_shards, read_summary
 from tests.stages import Words, items
 
@@ -31,7 +39,12 @@ def root(request: pytest.FixtureRequest) -> str:
 
 
 def contents(root: str) -> dict[str, bytes]:
-    return {file.name: storage.read_bytes(file.url) for file in storage.list_files(root)}
+    """Return every file below a root, but notes of times."""
+    return {
+        file.name: storage.read_bytes(file.url)
+        for file in storage.list_files(root)
+        if not file.name.startswith("notes/runs/")
+    }
 
 
 def publish_all(stage: Words, work: list[WorkItem]) -> None:
@@ -239,9 +252,13 @@ def test_work_lists_carry_items_and_go_with_their_dataset(root: str) -> None:
     (our_list,) = write_work_lists(stage, ours)
     (their_list,) = write_work_lists(stage, theirs)
     assert read_work_list(our_list) == ours
+    lines = lines_of_work_list(our_list)
+    assert [read_line(line) for line in lines] == ours
     publish_all(stage, ours)
     finish(stage, ours)
     assert read_work_list(our_list) == []
+    assert lines_of_work_list(our_list) == []
+    assert [read_line(line) for line in lines] == [None, None]
     assert read_work_list(their_list) == theirs
 
 

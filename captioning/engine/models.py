@@ -53,9 +53,9 @@ def resolve(model: str, revision: str | None, endpoint: str | None) -> ModelIden
     if endpoint is not None:
         return ModelIdentity(model, None, model)
     name = locate(model)
-    if _is_url(name):
+    if is_url(name):
         _refuse_revision(name, revision)
-        return ModelIdentity(name, _listing_digest(name), name)
+        return ModelIdentity(name, listing_digest(name), name)
     if Path(name).is_absolute():
         _refuse_revision(name, revision)
         return ModelIdentity(Path(name).name, _folder_digest(Path(name)), name)
@@ -68,7 +68,7 @@ def locate(model: str) -> str:
     Raises:
         EvenmixError: it is neither a folder with a checkpoint, nor a URL, nor a name of the Hub.
     """
-    if _is_url(model):
+    if is_url(model):
         return model
     folder = Path(model).expanduser()
     if folder.is_dir():
@@ -83,7 +83,8 @@ def locate(model: str) -> str:
     return model
 
 
-def _is_url(model: str) -> bool:
+def is_url(model: str) -> bool:
+    """Tell whether a model is in a store, such as gs://bucket/model."""
     return "://" in model
 
 
@@ -118,7 +119,7 @@ def _file_digest(path: Path) -> str:
         raise EvenmixError(f"the model file {path} cannot be read: {error}") from error
 
 
-def _listing_digest(url: str) -> str:
+def listing_digest(url: str) -> str:
     """Hash what a store says of the files of a model: names, sizes, versions."""
     files = storage.list_files(url)
     if _CONFIG not in {file.name for file in files}:

