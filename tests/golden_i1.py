@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from train.model import ModelConfig
+from train.model import ModelConfig, Params, abstract_params
+from train.tensors import all_tensors, read_params, unused_shapes
 
 FOLDER = Path(__file__).parent / "golden"
-# Tables that are computed here, and weights that i1 has but never uses.
-NOT_WEIGHTS = ("pos_embed", "rope_embedder", "t_embedder")
 
 
 def load(name: str) -> dict[str, np.ndarray]:
@@ -23,7 +22,8 @@ def model_config(golden: Mapping[str, np.ndarray]) -> ModelConfig:
     """Return the shape of the reference model."""
     prefix = "config/"
     stated = [name for name in golden if name.startswith(prefix)]
-    return ModelConfig(**{name.removeprefix(prefix): int(golden[name]) for name in stated})
+    sizes: Any = {name.removeprefix(prefix): int(golden[name]) for name in stated}
+    return ModelConfig(**sizes)
 
 
 def channels_last(array: np.ndarray) -> np.ndarray:
@@ -31,18 +31,31 @@ def channels_last(array: np.ndarray) -> np.ndarray:
     return array.transpose(0, 2, 3, 1)
 
 
-def weights(golden: Mapping[str, np.ndarray], prefix: str) -> dict[str, Any]:
-    """Return the arrays under ``prefix`` as nested parameters: ``weight`` becomes ``kernel``."""
-    tree: dict[Any, Any] = {}
-    for name, array in golden.items():
-        if not name.startswith(prefix) or name.removeprefix(prefix).startswith(NOT_WEIGHTS):
-            continue
-        *path, leaf = name.removeprefix(prefix).split(".")
-        node = tree
-        for part in path:
-            node = node.setdefault(int(part) if part.isdigit() else part, {})
-        if leaf == "weight":
-            node["kernel"] = array.T if array.ndim == 2 else array.transpose(2, 3, 1, 0)
-        else:
-            node[leaf] = array
-    return tree
+def weights(golden: Mapping[str, np.ndarray], prefix: str) -> Params:
+    """Return the arrays under ``prefix`` as parameters."""
+    like = abstract_params(model_config(golden))
+    return read_params(like, lambda name: golden[prefix + name])
+
+
+def unused(golden: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the weights that i1's network has and does not use."""
+    shapes = unused_shapes(abstract_params(model_config(golden)))
+    return {name: golden[f"state/{name}"][: shape[0]] for name, shape in shapes.items()}
+
+
+def assert_same_gradients(
+    gradients: Params, golden: Mapping[str, np.ndarray], tolerance: float = 2e-5
+) -> None:
+    """Compare all gradients that the reference has, by their names in PyTorch.
+
+    Those of weights that are not used are zero. ``tolerance`` is relative to the largest number of
+    a tensor.
+    """
+    expected = {n.removeprefix("grad/"): x for n, x in golden.items() if n.startswith("grad/")}
+    assert expected
+    for name, (rows, *_) in unused_shapes(gradients).items():
+        assert name not in expected or not expected[name][:rows].any(), name
+    found = all_tensors(gradients, {})
+    for name, array in expected.items():
+        atol = tolerance * np.abs(array).max()
+        np.testing.assert_allclose(found[name], array, atol=atol, err_msg=name)

@@ -4,34 +4,61 @@ import os
 import pickle
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 import pytest
 import torch
 
 from pipeline.errors import EvenmixError
 from tests import golden_i1
-from train.i1_checkpoint import read_i1_checkpoint, write_i1_checkpoint
-from train.model import velocity_fn
+from train.checkpoint import TrainState
+from train.config import OptimiserConfig
+from train.i1_checkpoint import open_i1_checkpoint, write_i1_checkpoint
+from train.model import abstract_params
+from train.optimiser import make_optimiser
+from train.sharding import make_mesh, place_state
+from train.start import begin_from
+from train.tensors import all_tensors, read_params
 from train.torch_file import TorchFile, write_torch_file
-from train.weights import load_weights, write_safetensors
+from train.weights import load_weights, open_weights, write_safetensors
 
 GOLDEN = golden_i1.load("i1_dit_512")
-CONFIG = golden_i1.model_config(GOLDEN)
+DEPTH = 7
+CONFIG = replace(golden_i1.model_config(GOLDEN), depth=DEPTH)
 STATED = {name.removeprefix("config/"): int(x) for name, x in GOLDEN.items() if "config/" in name}
+STATED["depth"] = DEPTH
+BUFFERS = ("rope_embedder.",)
+TABLES = ("pos_embed", *BUFFERS)
+
+State = dict[str, torch.Tensor]
 
 
-def state() -> dict[str, torch.Tensor]:
-    """The model's whole state as i1's trainer saves it."""
-    prefix = "state/"
+def names() -> Iterator[tuple[str, str]]:
+    """Names of a deeper network's state, each with that of the reference which has its shape."""
+    for golden in GOLDEN:
+        if golden.startswith("state/"):
+            for number in range(DEPTH // 2 if "_blocks.0." in golden else 1):
+                name = golden.removeprefix("state/")
+                yield name.replace("_blocks.0.", f"_blocks.{number}."), golden
+
+
+def state(seed: int = 0, *, without: tuple[str, ...] = ()) -> State:
+    """The model's whole state as i1's trainer saves it: random numbers, and its tables."""
+    rng = np.random.default_rng(seed)
     return {
-        name.removeprefix(prefix): torch.from_numpy(array)
-        for name, array in GOLDEN.items()
-        if name.startswith(prefix)
+        name: torch.from_numpy(
+            GOLDEN[golden]
+            if name.startswith(TABLES)
+            else rng.normal(size=GOLDEN[golden].shape).astype(np.float32)
+        )
+        for name, golden in names()
+        if not name.startswith(without)
     }
 
 
@@ -44,63 +71,153 @@ def saved(path: Path, content: Any) -> str:
     return str(path)
 
 
-def assert_equal_weights(found: Any, expected: Any) -> None:
-    leaves = dict(jax.tree_util.tree_leaves_with_path(expected))
-    assert dict(jax.tree_util.tree_leaves_with_path(found)).keys() == leaves.keys()
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+def tensors(path: str) -> State:
+    """What a file of ours or of i1's has, through this trainer's own layout and back."""
+    with open_weights(path) as file:
+        params = read_params(file.like, file.read)
+        found = all_tensors(params, file.unused())
+    return {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in found.items()}
 
 
-def test_a_checkpoint_gives_i1s_velocity(tmp_path: Path) -> None:
-    path = saved(tmp_path / "512_resolution_checkpoint_torch.pt", checkpoint())
-    config, params = read_i1_checkpoint(path)
-    assert config == CONFIG
-    inputs = GOLDEN["in/caption"], GOLDEN["in/mask"], np.zeros(3, bool)
-    with jax.default_matmul_precision("highest"):
-        velocity = jax.jit(velocity_fn(config))(
-            params, golden_i1.channels_last(GOLDEN["in/x"]), *inputs
-        )
-    np.testing.assert_allclose(velocity, golden_i1.channels_last(GOLDEN["out/velocity"]), atol=2e-5)
+def assert_same_tensors(found: State, expected: State) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == torch.float32
+        assert torch.equal(found[name], tensor), name
+
+
+def test_the_weights_are_those_that_give_i1s_velocity(tmp_path: Path) -> None:
+    """See test_train_model for the velocity."""
+    prefix = "state/"
+    model = {n.removeprefix(prefix): torch.from_numpy(x) for n, x in GOLDEN.items() if prefix in n}
+    content = checkpoint(config=STATED | {"depth": 3}, model=model)
+    path = saved(tmp_path / "512_resolution_checkpoint_torch.pt", content)
+    with open_i1_checkpoint(path) as file:
+        assert file.config == golden_i1.model_config(GOLDEN)
+        params, unused = read_params(file.like, file.read), file.unused()
+    expected = golden_i1.weights(GOLDEN, prefix), golden_i1.unused(GOLDEN)
+    assert unused.keys() == expected[1].keys()
+    jax.tree.map(np.testing.assert_array_equal, (params, unused), expected)
+
+
+def test_blocks_are_stacked_in_their_order(tmp_path: Path) -> None:
+    model = state()
+    params = load_weights(saved(tmp_path / "a.pt", checkpoint(model=model)), CONFIG)
+    kernels = {part: params[part]["attn"]["qkv_image"]["kernel"] for part in params if "_b" in part}
+    assert {part: kernel.shape for part, kernel in kernels.items()} == {
+        "in_blocks": (3, 48, 144),
+        "mid_block": (48, 144),
+        "out_blocks": (2, 48, 144),
+        "last_block": (48, 144),
+    }
+    for name, kernel in {
+        "in_blocks.1": kernels["in_blocks"][1],
+        "out_blocks.0": kernels["out_blocks"][0],
+        "out_blocks.1": kernels["out_blocks"][1],
+        "out_blocks.2": kernels["last_block"],
+    }.items():
+        np.testing.assert_array_equal(kernel.T, model[f"{name}.attn.qkv_image.weight"])
+    keys_and_values = model["out_blocks.2.attn.qkv_text.weight"][48:]
+    np.testing.assert_array_equal(
+        params["last_block"]["attn"]["kv_text"]["kernel"].T, keys_and_values
+    )
 
 
 def test_all_forms_in_which_pytorch_saves_are_read(tmp_path: Path) -> None:
-    """A module's own state dict, views, other types, and a training state beside it."""
+    """A module's own state dict, views, and other types."""
+    expected = state(without=TABLES)
+    bias = "x_embedder.proj.bias"
+    expected[bias] = expected[bias].bfloat16().float()
     model = OrderedDict(state())
     model._metadata = OrderedDict()  # type: ignore[attr-defined]  # as nn.Module.state_dict has it
     name = "final_layer.linear.weight"
     model[name] = model[name].t().contiguous().t()
-    model["final_layer.linear.bias"] = torch.cat([torch.ones(5), model["final_layer.linear.bias"]])[
-        5:
-    ]
-    model["x_embedder.proj.bias"] = model["x_embedder.proj.bias"].bfloat16()
-    content = checkpoint(model=model, train_state={"step": 7, "opt": {"mu": {name: torch.ones(3)}}})
-    _, params = read_i1_checkpoint(saved(tmp_path / "a.pt", content))
-    expected = golden_i1.weights(GOLDEN, "state/")
-    bias = expected["x_embedder"]["proj"]
-    bias["bias"] = torch.from_numpy(bias["bias"]).bfloat16().float().numpy()
-    assert_equal_weights(params, expected)
+    view = "final_layer.linear.bias"
+    model[view] = torch.cat([torch.ones(5), model[view]])[5:]
+    model[bias] = model[bias].bfloat16()
+    assert_same_tensors(tensors(saved(tmp_path / "a.pt", checkpoint(model=model))), expected)
 
 
 def test_an_export_is_what_i1_loads_strictly(tmp_path: Path) -> None:
-    path = str(tmp_path / "export.pt")
-    write_i1_checkpoint(path, CONFIG, golden_i1.weights(GOLDEN, "state/"))
+    """Equal tensor by tensor, those included that its network does not use."""
+    source, path = saved(tmp_path / "a.pt", checkpoint()), str(tmp_path / "export.pt")
+    with open_i1_checkpoint(source) as file:
+        params = read_params(file.like, file.read)
+        write_i1_checkpoint(path, CONFIG, params, file.unused())
     content = torch.load(path, weights_only=True)
-    assert content["config"] == {
-        **STATED,
-        "patch_size": 2,
-        "mlp_ratio": 4.0,
-        "rope_theta": 10_000.0,
+    rest = {"patch_size": 2, "mlp_ratio": 4.0, "rope_theta": 10_000.0}
+    assert content["config"] == STATED | rest
+    found, expected = content["model"], state()
+    for name in [name for name in expected if name.startswith(TABLES)]:
+        torch.testing.assert_close(found.pop(name), expected.pop(name), atol=1e-5, rtol=0)
+    assert_same_tensors(found, expected)
+
+    write_i1_checkpoint(path, CONFIG, params)
+    found = torch.load(path, weights_only=True)["model"]
+    zero = {name: tensor for name, tensor in found.items() if not tensor.any()}
+    assert {name: tensor.shape for name, tensor in zero.items() if "rope" not in name} == {
+        name: tensor.shape
+        for name, tensor in expected.items()
+        if name.startswith(
+            ("t_embedder.", "out_blocks.2.attn.proj_text.", "out_blocks.2.mlp_text.")
+        )
     }
-    expected = state()
-    assert content["model"].keys() == expected.keys()
-    for name, tensor in content["model"].items():
-        assert tensor.dtype == torch.float32
-        if name.startswith("t_embedder."):
-            assert tensor.shape == expected[name].shape and not tensor.any()
-        elif name.startswith(("pos_embed", "rope_embedder.")):
-            torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=0)
-        else:
-            assert torch.equal(tensor, expected[name]), name
-    assert_equal_weights(read_i1_checkpoint(path)[1], golden_i1.weights(GOLDEN, "state/"))
+    queries, _, _ = found["out_blocks.2.attn.qkv_text.weight"].chunk(3)
+    assert not queries.any()
+
+
+def training(**changes: Any) -> dict[str, Any]:
+    """What i1's trainer adds: it averages parameters, not buffers, and leaves one out of Adam."""
+    moments = {name: state(seed, without=TABLES) for seed, name in enumerate(("mu", "nu"), 2)}
+    moments["mu"] = {name: tensor.bfloat16() for name, tensor in moments["mu"].items()}
+    train_state = {"step": 70, "opt": {"count": 60, **moments}, "model_raw": state(1)}
+    return checkpoint(model=state(without=BUFFERS), train_state=train_state | changes)
+
+
+def blank_state(mu_dtype: Any) -> TrainState:
+    """Shapes of the state of a run with this network, each placed on the devices."""
+    params = abstract_params(CONFIG)
+    optimiser = make_optimiser(OptimiserConfig(mu_dtype=mu_dtype))
+    opt_state = jax.eval_shape(optimiser.init, params)
+    return TrainState(0, *place_state(make_mesh(1), (params, params, opt_state)))
+
+
+def no_beginning(_: Any) -> Any:
+    raise AssertionError("it was to go on, not to begin")
+
+
+@pytest.mark.parametrize("mu_dtype", ["bfloat16", "float32"])
+def test_a_training_of_i1s_goes_on(tmp_path: Path, mu_dtype: str) -> None:
+    """At another resolution, as its next stage does."""
+    path = saved(tmp_path / "a.pt", training())
+    like = blank_state(mu_dtype)
+    larger = replace(CONFIG, input_size=32, image_resolution=1024)
+    found = begin_from(path, larger, like, no_beginning)
+    assert found.step == 70
+    (adam,) = (part for part in found.opt_state if isinstance(part, optax.ScaleByAdamState))
+    assert adam.count == 60
+    for (name, params), expected in zip(
+        {"params": found.params, "ema": found.ema, "mu": adam.mu, "nu": adam.nu}.items(),
+        (state(1), state(0), state(2), state(3)),
+        strict=True,
+    ):
+        by_name = all_tensors(jax.tree.map(lambda x: np.asarray(x, np.float32), params), {})
+        compared = [
+            "in_blocks.2.mlp_text.w3.weight",
+            "out_blocks.2.attn.proj_image.weight",
+            "x_embedder.proj.weight",
+        ]
+        for tensor in compared:
+            wanted = expected[tensor].bfloat16() if name == "mu" else expected[tensor]
+            np.testing.assert_array_equal(by_name[tensor], wanted.float())
+    placed, wanted = (jax.tree.map(lambda x: (x.dtype, x.sharding), s[1:]) for s in (found, like))
+    assert placed == wanted
+
+
+def test_without_an_average_the_weights_are_the_model(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.pt", training(model_raw=None))
+    found = begin_from(path, CONFIG, blank_state("bfloat16"), no_beginning)
+    jax.tree.map(np.testing.assert_array_equal, found.params, found.ema)
 
 
 def test_plain_values_and_types_come_back(tmp_path: Path) -> None:
@@ -117,13 +234,15 @@ def test_plain_values_and_types_come_back(tmp_path: Path) -> None:
         np.testing.assert_array_equal(file.read(file.value["arrays"]["int64"]), arrays["int64"])
 
 
-@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
-def test_a_model_goes_on_at_another_resolution(tmp_path: Path, suffix: str) -> None:
-    path = str(tmp_path / f"512.{suffix}")
-    params = golden_i1.weights(GOLDEN, "state/")
-    (write_i1_checkpoint if suffix == "pt" else write_safetensors)(path, CONFIG, params)
-    larger = replace(CONFIG, input_size=32, image_resolution=1024)
-    assert_equal_weights(load_weights(path, larger), params)
+def test_a_model_goes_on_at_another_resolution(tmp_path: Path) -> None:
+    """Our own files have the same tensors, but for the tables."""
+    source, path = saved(tmp_path / "a.pt", checkpoint()), str(tmp_path / "512.safetensors")
+    with open_i1_checkpoint(source) as file:
+        params = read_params(file.like, file.read)
+        write_safetensors(path, CONFIG, params, file.unused())
+    assert_same_tensors(tensors(path), state(without=TABLES))
+    larger = replace(CONFIG, input_size=32, image_resolution=1024, dtype="bfloat16")
+    jax.tree.map(np.testing.assert_array_equal, load_weights(path, larger), params)
 
     wider = replace(larger, hidden_size=96, num_heads=8)
     with pytest.raises(EvenmixError, match="hidden_size is 48, not 96; num_heads is 4, not 8"):
@@ -204,19 +323,25 @@ def test_what_is_no_checkpoint_of_i1s_is_an_error(tmp_path: Path) -> None:
         path = tmp_path / "wrong.pt"
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
         with pytest.raises(EvenmixError, match=message):
-            read_i1_checkpoint(str(path))
+            load_weights(str(path), CONFIG)
 
     refused("no whole PyTorch checkpoint", data[: len(data) // 2])
     refused("no whole PyTorch checkpoint", b"")
-    place = data.index(GOLDEN["state/final_layer.linear.weight"].tobytes())
+    place = data.index(state()["final_layer.linear.weight"].numpy().tobytes())
     refused("is damaged: data/.*Bad CRC-32", data[:place] + b"\xff" + data[place + 1 :])
     refused("no checkpoint of i1's: config: ", [1])
     refused(r"config\.depth: .*config\.text_num_tokens: Field required", {"config": {"depth": -1}})
     refused("it has no model", {"config": STATED})
     refused("model has x, no tensor", checkpoint(model={"x": 1}))
     refused("it lacks ", checkpoint(model=dict(list(state().items())[:-1])))
-    refused("it has unknown ", checkpoint(config=STATED | {"depth": 1}))
+    refused("it has unknown ", checkpoint(config=STATED | {"depth": 3}))
+    refused(r"train_state\.step: .*greater than or equal to 0", training(step=-1))
+    refused(r"train_state\.opt\.count: Field required; ", training(opt={"mu": {}}))
+    moments = {"mu": state(without=TABLES), "nu": state(without=(*TABLES, "mid_block."))}
+    refused(
+        r"\(nu\) is of another model: it lacks mid_block", training(opt={"count": 1, **moments})
+    )
     with pytest.raises(EvenmixError, match="no whole PyTorch checkpoint"):
-        read_i1_checkpoint(str(tmp_path / "absent.pt"))
+        load_weights(str(tmp_path / "absent.pt"), CONFIG)
     with pytest.raises(EvenmixError, match="cannot read the weights"):
         load_weights(str(tmp_path / "absent.safetensors"), CONFIG)

@@ -1,10 +1,12 @@
-"""Where `evenmix sample` takes its prompts from. (Its pictures are in test_train_loop.py.)"""
+"""What `evenmix sample` is given. (Its pictures are in test_train_loop.py, and those of files of
+weights in test_train_weights.py.)"""
 
 import json
 from pathlib import Path
 
 import pytest
 
+from pipeline.cli import main
 from pipeline.errors import EvenmixError
 from train.prompts import read_prompts
 
@@ -37,3 +39,31 @@ def test_what_is_no_file_of_prompts_is_an_error(
     (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(EvenmixError, match=problem):
         read_prompts(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ("--checkpoint run --prompt a --config a.toml", "run is a run, which has its own config"),
+        ("--checkpoint run --prompt a", "/run/checkpoints holds no checkpoint; give the output"),
+        ("--checkpoint run --prompts none.txt", "cannot read prompts from none.txt"),
+        ("--checkpoint run --prompt a --steps 0 --shift 0", "steps 0 is below 1; shift 0.0 is not"),
+        ("--checkpoint w.pt --prompt a --config none.toml", "none.toml does not exist"),
+        ("--checkpoint w.pt --prompt a", "w.pt is a file of weights; say by --config how"),
+    ],
+)
+def test_mistakes_are_told(
+    tmp_path: Path,
+    given: str,
+    problem: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "w.pt").touch()
+    assert main(["sample", *given.split(), "--output", "pictures"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert problem in line
+    assert not (tmp_path / "pictures").exists()

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,16 @@ from safetensors.numpy import load_file, save_file
 from pipeline.errors import EvenmixError
 from tests.tiny_t5gemma import HIDDEN, VOCABULARY, WINDOW, save, tiny_model
 from train.config import TrainConfig
-from train.t5gemma import Semantics, T5GemmaEncoder, encode, load_t5gemma
+from train.t5gemma import (
+    T5GEMMA_2B,
+    Params,
+    Semantics,
+    T5GemmaEncoder,
+    draw_t5gemma,
+    encode,
+    load_t5gemma,
+    parameter_shapes,
+)
 
 # Shorter, as long as and longer than the window's reach, which is 2 * WINDOW + 1.
 LENGTHS = np.array([12, 7, 3, 1, 0])
@@ -39,11 +49,14 @@ def encoder(folder: Path) -> T5GemmaEncoder:
     return load_t5gemma(str(folder), num_tokens=8, dtype="float32")
 
 
+compiled = partial(jax.jit, static_argnames=("config", "semantics"))(encode)
+
+
 def states(encoder: T5GemmaEncoder, mask: np.ndarray, semantics: Semantics) -> np.ndarray:
     ids = np.where(mask, IDS, 0)
     with jax.default_matmul_precision("highest"):
         return np.asarray(
-            encode(encoder.params, ids, mask, config=encoder.config, semantics=semantics)
+            compiled(encoder.params, ids, mask, config=encoder.config, semantics=semantics)
         )
 
 
@@ -96,7 +109,7 @@ def test_the_comparison_sees_every_setting(
 ) -> None:
     with jax.disable_jit():
         other = encode(
-            encoder.params,
+            jax.tree.map(jax.numpy.asarray, encoder.params),
             jax.numpy.asarray(IDS),
             jax.numpy.asarray(RIGHT_PADDED),
             config=encoder.config.model_copy(update=change),
@@ -168,18 +181,35 @@ def test_the_other_reading_has_the_tokens_of_transformers(folder: Path) -> None:
     np.testing.assert_array_equal(ids, expected["input_ids"])
     np.testing.assert_array_equal(mask, np.array(expected["attention_mask"], bool))
     assert words(ids, mask)[0] == ". . . . . <bos> red ▁fox"
-    embeddings, same_mask = encoder(texts)
-    assert embeddings.shape == (4, 8, HIDDEN)
-    np.testing.assert_array_equal(same_mask, mask)
 
 
 def test_a_text_alone_has_the_states_it_has_in_a_batch(encoder: T5GemmaEncoder) -> None:
-    together, mask = encoder(["red fox", "a fox is a red fox"])
-    alone, _ = encoder(["red fox"])
+    ids, mask = encoder.tokenise(["red fox", "a fox is a red fox"])
+    together = encoder.encode(encoder.params, jax.numpy.asarray(ids), jax.numpy.asarray(mask))
+    alone = encoder.encode(encoder.params, jax.numpy.asarray(ids[:1]), jax.numpy.asarray(mask[:1]))
     assert together.dtype == np.float32
     assert together.shape == (2, 8, HIDDEN)
     assert mask.sum() == 2 + 8
     np.testing.assert_allclose(together[0], alone[0], atol=1e-5)
+
+
+def test_an_encoder_may_be_drawn(encoder: T5GemmaEncoder) -> None:
+    drawn = draw_t5gemma(encoder.config, seed=0, num_tokens=8)
+
+    def shapes(params: Params) -> Any:
+        return jax.tree.map(np.shape, params)
+
+    assert shapes(drawn.params) == shapes(encoder.params)
+    spread = drawn.params["layers"]["mlp.up_proj"].astype(np.float32).std()
+    assert spread == pytest.approx(HIDDEN**-0.5, rel=0.05)
+    _, mask = drawn.tokenise(["a red fox.", "one two three four five six seven eight nine"])
+    np.testing.assert_array_equal(mask.sum(axis=1), [4, 8])
+
+
+def test_the_published_encoder_has_the_published_number_of_weights() -> None:
+    outside, layer = parameter_shapes(T5GEMMA_2B)
+    in_layers = T5GEMMA_2B.num_hidden_layers * sum(np.prod(shape) for shape in layer.values())
+    assert sum(np.prod(shape) for shape in outside.values()) + in_layers == 2_614_341_888
 
 
 def configuration(folder: Path, **text: Any) -> TrainConfig:
@@ -191,7 +221,7 @@ def configuration(folder: Path, **text: Any) -> TrainConfig:
             "resolution": 8,
             "steps": 2,
             "batch_size": 4,
-            "model": {"hidden_size": 16, "depth": 1, "num_heads": 2},
+            "model": {"hidden_size": 16, "depth": 3, "num_heads": 2},
             "text": settings | text,
             "latent": {"encoder": "pixels", "downsampling": 2},
         }

@@ -11,11 +11,10 @@ from flax import nnx
 
 from train.encoders import ByteTextEncoder, PixelCodec
 from train.flops import flop_per_picture, flux2_flop, network_flop, t5gemma_flop
-from train.flux2_vae import Autoencoder, VaeConfig
-from train.model import DualStreamDiT, ModelConfig
-from train.t5gemma import T5GemmaConfig, encode, parameter_shapes
+from train.flux2_vae import FLUX2_VAE, Autoencoder
+from train.model import ModelConfig, abstract_params, velocity_fn
+from train.t5gemma import T5GEMMA_2B, encode, parameter_shapes
 
-FLUX2_WIDTHS = (128, 256, 512, 512)
 TINY = ModelConfig(
     input_size=4,
     image_resolution=8,
@@ -28,29 +27,6 @@ TINY = ModelConfig(
 )
 # Of the last block's text: its output projection, queries and MLP, and what it attends to.
 TINY_UNREAD = 2 * (3 * (64 + 64 + 504) + 2 * 3 * 7 * 8)
-
-
-def t5gemma_config(**changes: Any) -> T5GemmaConfig:
-    """The shape of google/t5gemma-2b-2b-ul2-it, as its config.json states it."""
-    settings = {
-        "vocab_size": 256_000,
-        "pad_token_id": 0,
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "layer_types": ["sliding_attention", "full_attention"] * 13,
-        "sliding_window": 4096,
-        "query_pre_attn_scalar": 256,
-        "attn_logit_softcapping": 50.0,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10_000.0,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "attention_bias": False,
-    }
-    return T5GemmaConfig.model_validate(settings | changes)
 
 
 def flop_of(jaxpr: Any) -> int:
@@ -90,16 +66,15 @@ def test_a_tiny_network_counted_by_hand() -> None:
 
 
 def test_the_network_does_the_products_that_are_counted() -> None:
-    def network(*inputs: jax.Array) -> jax.Array:
-        return DualStreamDiT(TINY, nnx.Rngs(0))(*inputs)
-
     latents, caption = jnp.zeros((1, 4, 4, 3)), jnp.zeros((1, 3, 6))
-    program = jax.make_jaxpr(network)(latents, caption, jnp.ones((1, 3)), jnp.zeros(1, bool))
-    assert flop_of(program.jaxpr) == network_flop(TINY) + TINY_UNREAD
+    inputs = (latents, caption, jnp.ones((1, 3)), jnp.zeros(1, bool), jnp.zeros(1))
+    program = jax.make_jaxpr(velocity_fn(TINY))(abstract_params(TINY), *inputs)
+    assert flop_of(program.jaxpr) == network_flop(TINY)
 
 
 def test_t5gemma_does_the_products_that_are_counted() -> None:
-    config = t5gemma_config(num_hidden_layers=2, layer_types=["full_attention"] * 2)
+    layers = {"num_hidden_layers": 2, "layer_types": ("full_attention",) * 2}
+    config = T5GEMMA_2B.model_copy(update=layers)
     outside, layer = parameter_shapes(config)
     params: Any = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in outside.items()}
     params["layers"] = {
@@ -112,11 +87,11 @@ def test_t5gemma_does_the_products_that_are_counted() -> None:
 
 def test_the_vae_does_the_products_that_are_counted() -> None:
     def moments(pictures: jax.Array) -> jax.Array:
-        vae = Autoencoder(VaeConfig(FLUX2_WIDTHS, FLUX2_WIDTHS[::-1], "float32"), nnx.Rngs(0))
+        vae = Autoencoder(FLUX2_VAE, nnx.Rngs(0))
         return vae.quant_conv(vae.encoder(pictures))
 
     program = jax.make_jaxpr(moments)(jnp.zeros((1, 32, 32, 3)))
-    assert flop_of(program.jaxpr) == flux2_flop(FLUX2_WIDTHS, 32)
+    assert flop_of(program.jaxpr) == flux2_flop(FLUX2_VAE.encoder_widths, 32)
 
 
 @pytest.mark.parametrize(("resolution", "published"), [(256, 6.3), (512, 15.2), (1024, 59.3)])
@@ -127,7 +102,7 @@ def test_i1_3b_costs_what_its_training_is_known_to_have_cost(
     config = ModelConfig(resolution // 8, resolution, 32, 2016, 29, 28, 2304, 256)
     flop = (
         3 * network_flop(config)
-        + t5gemma_flop(t5gemma_config(), 256)
-        + flux2_flop(FLUX2_WIDTHS, resolution)
+        + t5gemma_flop(T5GEMMA_2B, 256)
+        + flux2_flop(FLUX2_VAE.encoder_widths, resolution)
     )
     assert flop / 1e12 == pytest.approx(published, rel=0.005)

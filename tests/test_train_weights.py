@@ -1,66 +1,62 @@
-"""A file of weights begins a run, and gives pictures."""
+"""A stage begins where the last one ended, and a file of weights gives pictures."""
 
 import argparse
 import json
 import threading
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
+import optax
 import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
 from pipeline.errors import EvenmixError
 from tests.mixtures import Member, png, write_mixture
+from tests.train_states import SETTINGS, drawn, model_of, state_shapes, write_run
 from train import sample_command
-from train.checkpoint import load_averaged
+from train.checkpoint import newest_checkpoint
 from train.config import TrainConfig
 from train.i1_checkpoint import write_i1_checkpoint
 from train.loop import train
-from train.model import init_params
-from train.weights import read_safetensors, write_safetensors
+from train.optimiser import update_ema
+from train.weights import load_unused, open_weights, write_safetensors
 
-SETTINGS: dict[str, Any] = {
-    "resolution": 8,
-    "steps": 1,
-    "batch_size": 4,
-    "evaluation_samples": 0,
-    "model": {"hidden_size": 16, "depth": 1, "num_heads": 2},
-    "text": {"encoder": "bytes", "num_tokens": 2, "embed_dim": 8},
-    "latent": {"encoder": "pixels", "downsampling": 2},
-    # So small a rate that the weights stay what they are.
-    "optimiser": {"learning_rate": 1e-30},
-}
+# The smallest network, since it is compiled.
+TINY = SETTINGS | {"model": {"hidden_size": 16, "depth": 3, "num_heads": 2}}
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """A folder with a model's weights for 4 px in both kinds of files, and the weights."""
-    folder = tmp_path_factory.mktemp("weights")
-    config = TrainConfig.model_validate(SETTINGS | {"mixture": "", "output": "", "resolution": 4})
-    model_config = config.model_config_for(config.latent_codec())
-    params = init_params(model_config, 7)
-    write_i1_checkpoint(str(folder / "weights.pt"), model_config, params)
-    write_safetensors(str(folder / "weights.safetensors"), model_config, params)
-    return folder, params
-
-
-def test_a_run_begins_with_the_weights_of_a_file(files: tuple[Path, Any], tmp_path: Path) -> None:
-    folder, params = files
-    members = [Member(f"{i:03d}", png(np.full((8, 8, 3), i, np.uint8)), ["a"]) for i in range(8)]
+def test_a_stage_goes_on_where_the_last_one_ended(tmp_path: Path) -> None:
+    """It takes one step, with the weights, the average, the optimiser and the count before it."""
+    ended_config, ended = write_run(tmp_path / "one", step=7, model=TINY["model"])
+    members = [Member(f"{i:03d}", png(np.full((4, 4, 3), i, np.uint8)), ["a"]) for i in range(8)]
     (tmp_path / "mixture").mkdir()
-    places = {
-        "mixture": write_mixture(tmp_path / "mixture", {"a": members}),
-        "output": str(tmp_path / "run"),
-        "init": str(folder / "weights.pt"),
+    changes = {
+        "mixture": write_mixture(tmp_path / "mixture", {"a": members}, resolution=4),
+        "output": str(tmp_path / "two"),
+        "init": str(tmp_path / "one"),
+        "resolution": 4,
+        "steps": 8,
     }
-    train(TrainConfig.model_validate(SETTINGS | places), threading.Event())
-    step, _, averaged = load_averaged(str(tmp_path / "run"))
-    assert step == 1
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-30), averaged, params)
+    train(TrainConfig.model_validate(TINY | changes), threading.Event())
+    with newest_checkpoint(str(tmp_path / "two")) as checkpoint:
+        found = checkpoint.restore(ended)
+        assert (found.step, checkpoint.model.image_resolution) == (8, 4)
+    moved = jax.tree.map(lambda new, old: np.abs(new - old).max(), found.params, ended.params)
+    # Adam's moments, drawn from 0.01 to 0.1, move each weight by no more than that many rates.
+    assert 0 < max(jax.tree.leaves(moved)) < 10 * ended_config.optimiser.learning_rate
+    averaged = update_ema(ended.ema, found.params, ended_config.optimiser.ema_decay)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), found.ema, averaged)
+    adam, before = (
+        next(part for part in state.opt_state if isinstance(part, optax.ScaleByAdamState))
+        for state in (found, ended)
+    )
+    assert adam.count == before.count + 1
+    kept = load_unused(tmp_path / "two")
+    assert kept
+    jax.tree.map(np.testing.assert_array_equal, kept, load_unused(tmp_path / "one"))
 
 
 def sample(tmp_path: Path, *more: str) -> None:
@@ -70,15 +66,15 @@ def sample(tmp_path: Path, *more: str) -> None:
     assert sample_command.run(parser.parse_args(line)) == 0
 
 
-def test_pictures_are_drawn_with_the_weights_of_a_file(
-    files: tuple[Path, Any], tmp_path: Path
-) -> None:
-    weights = str(files[0] / "weights.pt")
+def test_pictures_are_drawn_with_the_weights_of_a_file(tmp_path: Path) -> None:
+    run = TrainConfig.model_validate(TINY | {"output": ""})
+    weights = str(tmp_path / "weights.pt")
+    write_i1_checkpoint(weights, model_of(run), drawn(state_shapes(run)[0], seed=7))
     with pytest.raises(EvenmixError, match="is a file of weights; say by --config how"):
         sample(tmp_path, "--checkpoint", weights)
 
     lines = []
-    for name, value in ({"mixture": "", "output": ""} | SETTINGS).items():
+    for name, value in ({"output": ""} | TINY).items():
         entries = value.items() if isinstance(value, dict) else []
         lines += [f"[{name}]"] if entries else [f"{name} = {json.dumps(value)}"]
         lines += [f"{key} = {json.dumps(entry)}" for key, entry in entries]
@@ -90,12 +86,16 @@ def test_pictures_are_drawn_with_the_weights_of_a_file(
         assert picture.info["weights"] == "weights.pt"
 
 
-def test_only_files_of_ours_are_read(files: tuple[Path, Any], tmp_path: Path) -> None:
+def test_only_files_of_ours_are_read(tmp_path: Path) -> None:
+    def refused(path: Path, message: str) -> None:
+        with pytest.raises(EvenmixError, match=message), open_weights(str(path)):
+            pass
+
+    run = TrainConfig.model_validate(TINY | {"output": ""})
     path = tmp_path / "weights.safetensors"
-    path.write_bytes((files[0] / path.name).read_bytes()[:-1])
-    with pytest.raises(EvenmixError, match=r"cannot read the weights .*weights\.safetensors: "):
-        read_safetensors(str(path))
+    write_safetensors(str(path), model_of(run), drawn(state_shapes(run)[0], seed=7))
+    path.write_bytes(path.read_bytes()[:-1])
+    refused(path, r"cannot read the weights .*weights\.safetensors: ")
     other = tmp_path / "other.safetensors"
     save_file({"a": np.zeros(1)}, other)
-    with pytest.raises(EvenmixError, match="does not state the shape of its model"):
-        read_safetensors(str(other))
+    refused(other, "does not state the shape of its model")

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from train.attention import attend
+from train.blocks import Rematerialise, recomputed
 from train.model import (
     REFERENCE_RESOLUTION_PX,
     FinalLayer,
@@ -27,13 +29,15 @@ from train.model import (
     PatchEmbedder,
     Rotation,
     SelfAttention,
+    Surroundings,
     SwiGLU,
+    linear,
     null_caption,
+    place_text,
     position_table,
     rms_norm,
     rotate,
-    rotation,
-    split_qkv,
+    split_heads,
     xavier_linear,
 )
 
@@ -76,14 +80,14 @@ class BaselineConfig(ModelConfig):
 class Given(NamedTuple):
     """What every block sees beside its tokens.
 
-    ``condition`` (B, D) is what AdaLN goes by; ``text`` (B, T, D) is the adapter's output;
-    ``mask`` is 1 where a token is valid, (B, S) of the single stream, else (B, T) of the text.
+    ``condition`` (B, D) is what AdaLN goes by; ``text`` (B, T, D) the adapter's output, its valid
+    tokens first. ``around`` is about the stream [image, text] where it is one, else about the text
+    that the image attends to.
     """
 
     condition: jax.Array
     text: jax.Array
-    mask: jax.Array
-    positions: Rotation
+    around: Surroundings
 
 
 class MLPAdapter(nnx.Module):
@@ -91,12 +95,12 @@ class MLPAdapter(nnx.Module):
 
     def __init__(self, config: BaselineConfig, rngs: nnx.Rngs):
         self.learnable_null_caption = null_caption(config, rngs)
-        self.linear1 = xavier_linear(config.text_embed_dim, config.hidden_size, rngs)
-        self.linear2 = xavier_linear(config.hidden_size, config.hidden_size, rngs)
+        self.linear1 = xavier_linear(config, config.text_embed_dim, config.hidden_size, rngs)
+        self.linear2 = xavier_linear(config, config.hidden_size, config.hidden_size, rngs)
 
     def __call__(self, caption: jax.Array, dropped: jax.Array) -> jax.Array:
         """Map (B, T, text_embed_dim) to (B, T, D); ``dropped`` is (B,) bool."""
-        null = self.learnable_null_caption[...]
+        null = self.learnable_null_caption[...].astype(caption.dtype)
         x = self.linear1(jnp.where(dropped[:, None, None], null, caption))
         return self.linear2(nnx.gelu(x, approximate=False))
 
@@ -121,12 +125,12 @@ class TransformerAdapter(nnx.Module):
 
     def __init__(self, config: BaselineConfig, rngs: nnx.Rngs):
         self.learnable_null_caption = null_caption(config, rngs)
-        self.linear = xavier_linear(config.text_embed_dim, config.hidden_size, rngs)
+        self.linear = xavier_linear(config, config.text_embed_dim, config.hidden_size, rngs)
         self.blocks = nnx.List([AdapterBlock(config, rngs) for _ in range(config.adapter_blocks)])
 
     def __call__(self, caption: jax.Array, dropped: jax.Array) -> jax.Array:
         """Map (B, T, text_embed_dim) to (B, T, D); ``dropped`` is (B,) bool."""
-        null = self.learnable_null_caption[...]
+        null = self.learnable_null_caption[...].astype(caption.dtype)
         x = self.linear(jnp.where(dropped[:, None, None], null, caption))
         for block in self.blocks:
             x = block(x)
@@ -137,8 +141,8 @@ class TimestepEmbedder(nnx.Module):
     """Times between 0 (noise) and 1 (data), by cosines and sines, to vectors."""
 
     def __init__(self, config: BaselineConfig, rngs: nnx.Rngs):
-        self.linear1 = nnx.Linear(TIMESTEP_FREQUENCIES, config.hidden_size, rngs=rngs)
-        self.linear2 = nnx.Linear(config.hidden_size, config.hidden_size, rngs=rngs)
+        self.linear1 = linear(config, TIMESTEP_FREQUENCIES, config.hidden_size, rngs)
+        self.linear2 = linear(config, config.hidden_size, config.hidden_size, rngs)
 
     def __call__(self, t: jax.Array) -> jax.Array:
         """Map (B,) to (B, D)."""
@@ -161,7 +165,7 @@ class Residual(nnx.Module):
         self.norm = rms_norm(width, rngs)
         self.norm_out = rms_norm(width, rngs) if config.sandwich_norms else nnx.identity
         conditioned = conditioned and config.has_adaln
-        self.adaln = nnx.Linear(width, 3 * width, rngs=rngs) if conditioned else None
+        self.adaln = linear(config, width, 3 * width, rngs) if conditioned else None
 
     def __call__(
         self, f: Callable[..., Streams], streams: Streams, condition: jax.Array
@@ -179,21 +183,16 @@ class StreamAttention(nnx.Module):
 
     def __init__(self, config: BaselineConfig, rngs: nnx.Rngs):
         self.num_heads = config.num_heads
-        self.qkv = nnx.Linear(config.hidden_size, 3 * config.hidden_size, rngs=rngs)
+        self.qkv = linear(config, config.hidden_size, 3 * config.hidden_size, rngs)
         self.q_norm = rms_norm(config.head_dim, rngs)
         self.k_norm = rms_norm(config.head_dim, rngs)
-        self.proj = nnx.Linear(config.hidden_size, config.hidden_size, rngs=rngs)
+        self.proj = linear(config, config.hidden_size, config.hidden_size, rngs)
 
-    def __call__(self, x: jax.Array, mask: jax.Array, positions: Rotation) -> jax.Array:
+    def __call__(self, x: jax.Array, around: Surroundings) -> jax.Array:
         """Attend over the valid of all tokens, (B, S, D) to (B, S, D)."""
-        q, k, v = split_qkv(self.qkv(x), self.num_heads)
-        out = jax.nn.dot_product_attention(
-            rotate(self.q_norm(q), positions),
-            rotate(self.k_norm(k), positions),
-            v,
-            mask=mask.astype(bool)[:, None, None, :],
-        )
-        return self.proj(out.reshape(x.shape) * mask[..., None])
+        q, k, v = split_heads(self.qkv(x), 3, self.num_heads)
+        q, k = rotate(self.q_norm(q), around.positions), rotate(self.k_norm(k), around.positions)
+        return self.proj(attend(q, k, v, around.num_keys).reshape(x.shape) * around.valid)
 
 
 class CrossAttention(nnx.Module):
@@ -202,22 +201,20 @@ class CrossAttention(nnx.Module):
     def __init__(self, config: BaselineConfig, rngs: nnx.Rngs):
         width = config.hidden_size
         self.num_heads = config.num_heads
-        self.q = nnx.Linear(width, width, rngs=rngs)
-        self.k = nnx.Linear(width, width, rngs=rngs)
-        self.v = nnx.Linear(width, width, rngs=rngs)
+        self.q = linear(config, width, width, rngs)
+        self.k = linear(config, width, width, rngs)
+        self.v = linear(config, width, width, rngs)
         self.q_norm = rms_norm(config.head_dim, rngs)
         self.k_norm = rms_norm(config.head_dim, rngs)
-        self.proj = nnx.Linear(width, width, rngs=rngs)
+        self.proj = linear(config, width, width, rngs)
 
-    def __call__(self, image: jax.Array, text: jax.Array, mask: jax.Array) -> jax.Array:
-        """Return what the text (B, T, D) adds to the image (B, N, D)."""
+    def __call__(self, image: jax.Array, given: Given) -> jax.Array:
+        """Return what the text adds to the image (B, N, D)."""
         q, k, v = (
             x.reshape(*x.shape[:2], self.num_heads, -1)
-            for x in (self.q(image), self.k(text), self.v(text))
+            for x in (self.q(image), self.k(given.text), self.v(given.text))
         )
-        out = jax.nn.dot_product_attention(
-            self.q_norm(q), self.k_norm(k), v, mask=mask.astype(bool)[:, None, None, :]
-        )
+        out = attend(self.q_norm(q), self.k_norm(k), v, given.around.num_keys)
         return self.proj(out.reshape(image.shape))
 
 
@@ -234,11 +231,15 @@ class CrossAttentionBlock(nnx.Module):
     def __call__(self, streams: Streams, given: Given) -> Streams:
         """Return the image after the block."""
 
-        def attend(image: jax.Array) -> Streams:
-            return (self.attn(image, jnp.ones(image.shape[:2], image.dtype), given.positions),)
+        def look(image: jax.Array) -> Streams:
+            everywhere = jnp.full(len(image), image.shape[1], jnp.int32)
+            all_valid = Surroundings(
+                jnp.ones_like(image[..., :1]), everywhere, given.around.positions
+            )
+            return (self.attn(image, all_valid),)
 
-        (image,) = self.around_attn(attend, streams, given.condition)
-        image += self.cross_attn(image, given.text, given.mask)
+        (image,) = self.around_attn(look, streams, given.condition)
+        image += self.cross_attn(image, given)
         return self.around_mlp(lambda x: (self.mlp(x),), (image,), given.condition)
 
 
@@ -254,12 +255,12 @@ class SingleStreamBlock(nnx.Module):
     def __call__(self, streams: Streams, given: Given) -> Streams:
         """Return the stream after the block; masked tokens leave it as zeros."""
 
-        def attend(tokens: jax.Array) -> Streams:
-            return (self.attn(tokens, given.mask, given.positions),)
+        def look(tokens: jax.Array) -> Streams:
+            return (self.attn(tokens, given.around),)
 
-        streams = self.around_attn(attend, streams, given.condition)
+        streams = self.around_attn(look, streams, given.condition)
         (x,) = self.around_mlp(lambda x: (self.mlp(x),), streams, given.condition)
-        return (x * given.mask[..., None],)
+        return (x * given.around.valid,)
 
 
 class DualStreamBlock(nnx.Module):
@@ -275,15 +276,15 @@ class DualStreamBlock(nnx.Module):
     def __call__(self, streams: Streams, given: Given) -> Streams:
         """Return image and text after the block; masked text leaves it as zeros."""
 
-        def attend(image: jax.Array, text: jax.Array) -> Streams:
-            return self.attn(image, text, given.mask, given.positions)
+        def look(image: jax.Array, text: jax.Array) -> Streams:
+            return self.attn(image, text, given.around)
 
         def feed_forward(image: jax.Array, text: jax.Array) -> Streams:
             return self.mlp_image(image), self.mlp_text(text)
 
-        streams = self.around_attn(attend, streams, given.condition)
+        streams = self.around_attn(look, streams, given.condition)
         image, text = self.around_mlp(feed_forward, streams, given.condition)
-        return image, text * given.mask[..., None]
+        return image, text * given.around.valid
 
 
 class Merge(nnx.Module):
@@ -291,12 +292,14 @@ class Merge(nnx.Module):
 
     def __init__(self, config: BaselineConfig, num_streams: int, rngs: nnx.Rngs):
         width = config.hidden_size
-        self.linears = nnx.List([xavier_linear(2 * width, width, rngs) for _ in range(num_streams)])
+        self.linears = nnx.List(
+            [xavier_linear(config, 2 * width, width, rngs) for _ in range(num_streams)]
+        )
 
     def __call__(self, streams: Streams, skips: Streams) -> Streams:
         """Return the mixed streams."""
         pairs = zip(self.linears, streams, skips, strict=True)
-        return tuple(linear(jnp.concatenate([x, skip], axis=-1)) for linear, x, skip in pairs)
+        return tuple(mix(jnp.concatenate([x, skip], axis=-1)) for mix, x, skip in pairs)
 
 
 class Backbone(nnx.Module):
@@ -318,25 +321,20 @@ class Backbone(nnx.Module):
         self.mid_blocks = nnx.List([block(config, rngs) for _ in range(config.depth - 2 * half)])
         self.merges = nnx.List([Merge(config, self.num_streams, rngs) for _ in range(half)])
         self.out_blocks = nnx.List([block(config, rngs) for _ in range(half)])
-        self.final_adaln = nnx.Linear(width, 2 * width, rngs=rngs) if config.has_adaln else None
+        self.final_adaln = linear(config, width, 2 * width, rngs) if config.has_adaln else None
         self.final_layer = FinalLayer(config, rngs)
 
-    def positions(self, mask: jax.Array) -> Rotation:
-        """Return RoPE's rotation of [image, text]."""
-        return rotation(self.config, mask)
-
     def begin(self, image: jax.Array, given: Given) -> tuple[Streams, Given]:
-        """Return what the first block is given."""
+        """Return what the first block is given; ``given.around`` is about [image, text] yet."""
         raise NotImplementedError
 
-    def condition(self, t: jax.Array, text: jax.Array, mask: jax.Array) -> jax.Array:
+    def condition(self, t: jax.Array, text: jax.Array, valid: jax.Array) -> jax.Array:
         """Return what AdaLN is conditioned on, (B, D); the text's mean is over its valid tokens."""
         condition = jnp.zeros_like(text[:, 0])
         if self.t_embedder is not None:
             condition += self.t_embedder(t).astype(text.dtype)
         if self.config.adaln_pooled_text:
-            length = jnp.maximum(mask.sum(axis=1, keepdims=True), 1)
-            condition += (text * mask[..., None]).sum(axis=1) / length
+            condition += (text * valid).sum(axis=1) / jnp.maximum(valid.sum(axis=1), 1)
         return condition
 
     def __call__(
@@ -346,23 +344,30 @@ class Backbone(nnx.Module):
         mask: jax.Array,
         dropped: jax.Array,
         t: jax.Array,
+        *,
+        rematerialise: Rematerialise,
+        text_length: int | None,
     ) -> jax.Array:
-        """Predict the velocity of ``latents`` at time ``t`` (B,); see :class:`DualStreamDiT`."""
-        mask = mask.astype(latents.dtype)
+        """Predict the velocity of ``latents`` at ``t``; see :func:`train.model.velocity_fn`."""
         image = self.x_embedder(latents)
         image += position_table(self.config).astype(image.dtype)
         text = self.text_encoder_adapter(caption, dropped)
-        condition = self.condition(t, text, mask)
+        text, around = place_text(self.config, text, mask, text_length)
+        condition = self.condition(t, text, around.valid)
         num_image = image.shape[1]
-        streams, given = self.begin(image, Given(condition, text, mask, self.positions(mask)))
+        streams, given = self.begin(image, Given(condition, text, around))
+
+        def run(block: Callable[[Streams, Given], Streams], streams: Streams) -> Streams:
+            return recomputed(lambda streams: block(streams, given), rematerialise)(streams)
+
         skips = []
         for block in self.in_blocks:
-            streams = block(streams, given)
+            streams = run(block, streams)
             skips.append(streams)
         for block in self.mid_blocks:
-            streams = block(streams, given)
+            streams = run(block, streams)
         for merge, block in zip(self.merges, self.out_blocks, strict=True):
-            streams = block(merge(streams, skips.pop()), given)
+            streams = run(block, merge(streams, skips.pop()))
         x = self.final_layer.norm_final(streams[0][:, :num_image])
         if self.final_adaln is not None:
             shift, scale = jnp.split(self.final_adaln(nnx.silu(condition))[:, None], 2, axis=-1)
@@ -375,7 +380,15 @@ class CrossAttentionBackbone(Backbone):
 
     block = CrossAttentionBlock
 
-    def positions(self, mask: jax.Array) -> Rotation:
+    def begin(self, image: jax.Array, given: Given) -> tuple[Streams, Given]:
+        """Return the image alone; its keys are the text's."""
+        text_length = given.around.valid[..., 0].sum(axis=1).astype(jnp.int32)
+        # A sample without text looks at what the adapter made of padding: there is nothing else.
+        num_keys = jnp.maximum(text_length, 1)
+        around = Surroundings(given.around.valid, num_keys, self.positions())
+        return (image,), given._replace(around=around)
+
+    def positions(self) -> Rotation:
         """Return RoPE's rotation of the image: half of a head for the row, half for the column."""
         config = self.config
         scale = REFERENCE_RESOLUTION_PX / config.image_resolution
@@ -385,10 +398,6 @@ class CrossAttentionBackbone(Backbone):
         angle = np.concatenate([np.outer(axis, frequency) for axis in axes], axis=1)
         angle = angle[None, :, None].astype(np.float32)
         return jnp.cos(angle), jnp.sin(angle)
-
-    def begin(self, image: jax.Array, given: Given) -> tuple[Streams, Given]:
-        """Return the image alone."""
-        return (image,), given
 
 
 class SingleStreamBackbone(Backbone):
@@ -405,20 +414,23 @@ class SingleStreamBackbone(Backbone):
         self.noise_refiner = nnx.List([SingleStreamBlock(config, rngs) for _ in each])
 
     def begin(self, image: jax.Array, given: Given) -> tuple[Streams, Given]:
-        """Return [image, text], refined, as one stream with one mask."""
+        """Return [image, text], refined apart, as one stream."""
         num_image = image.shape[1]
-        ones = jnp.ones(image.shape[:2], image.dtype)
-        cos, sin = given.positions
-        of_image = given._replace(mask=ones, positions=(cos[:, :num_image], sin[:, :num_image]))
-        of_text = given._replace(positions=(cos[:, num_image:], sin[:, num_image:]))
+        ones = jnp.ones_like(image[..., :1])
+        valid, num_keys, (cos, sin) = given.around
+        in_image = (cos[:, :num_image], sin[:, :num_image])
+        in_text = (cos[:, num_image:], sin[:, num_image:])
+        of_image = Surroundings(ones, jnp.full_like(num_keys, num_image), in_image)
         refined_image: Streams = (image,)
         for block in self.noise_refiner:
-            refined_image = block(refined_image, of_image)
+            refined_image = block(refined_image, given._replace(around=of_image))
+        of_text = Surroundings(valid, jnp.maximum(num_keys - num_image, 1), in_text)
         refined_text: Streams = (given.text,)
         for block in self.context_refiner:
-            refined_text = block(refined_text, of_text)
+            refined_text = block(refined_text, given._replace(around=of_text))
         sequence = jnp.concatenate([*refined_image, *refined_text], axis=1)
-        return (sequence,), given._replace(mask=jnp.concatenate([ones, given.mask], axis=1))
+        of_both = given.around._replace(valid=jnp.concatenate([ones, valid], axis=1))
+        return (sequence,), given._replace(around=of_both)
 
 
 class DualStreamBackbone(Backbone):

@@ -8,19 +8,23 @@ weights depend on) lies beside the state.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh
 
 from pipeline.errors import EvenmixError
 from train.config import TrainConfig
-from train.model import Params, abstract_params
+from train.model import ModelConfig, Params, abstract_params
 from train.output import writing_to
+from train.sharding import place_state
+from train.tensors import stated_shape
+from train.weights import SHAPE
 
 KEPT_CHECKPOINTS = 2
 
@@ -40,18 +44,26 @@ class Checkpoints:
     Args:
         output: a local folder.
         config: the run's configuration.
+        model: the network's shape.
         mixture_sha256: hash of the manifest, the data's share of the run's identity.
     """
 
-    def __init__(self, output: str, config: TrainConfig, mixture_sha256: str):
+    def __init__(self, output: str, config: TrainConfig, model: ModelConfig, mixture_sha256: str):
         self.folder = checkpoint_folder(output)
-        self._config = config
         self._identity = config.identity() | {"mixture_sha256": mixture_sha256}
+        self._run = {
+            "identity": self._identity,
+            "config": config.model_dump(),
+            "model": stated_shape(model),
+        }
         with writing_to(self.folder):
             self._manager = ocp.CheckpointManager(
                 self.folder,
                 options=ocp.CheckpointManagerOptions(
-                    max_to_keep=KEPT_CHECKPOINTS, keep_period=config.keep_every_steps
+                    max_to_keep=KEPT_CHECKPOINTS,
+                    keep_period=config.keep_every_steps,
+                    # What a run that was killed has half written; it may be tens of gigabytes.
+                    cleanup_tmp_directories=True,
                 ),
             )
 
@@ -66,12 +78,11 @@ class Checkpoints:
         """
         if self._manager.latest_step() == state.step:
             return
-        run = {"identity": self._identity, "config": self._config.model_dump()}
         args = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
             ema=ocp.args.StandardSave(state.ema),
             opt_state=ocp.args.StandardSave(state.opt_state),
-            run=ocp.args.JsonSave(run),
+            run=ocp.args.JsonSave(self._run),
         )
         with self._writing():
             self._manager.save(state.step, args=args)
@@ -106,21 +117,13 @@ class Checkpoints:
         step = self._manager.latest_step()
         if step is None:
             return None
-        stored = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))
-        if differences := _differences(stored["run"]["identity"], self._identity):
+        stored = _restore(self._manager, step, run=ocp.args.JsonRestore())["run"]["identity"]
+        if differences := _differences(stored, self._identity):
             raise EvenmixError(
                 f"{self.folder}/{step} was trained with other settings ({'; '.join(differences)}). "
                 "Set them back, or choose another output for a new run."
             )
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(like.params),
-                ema=ocp.args.StandardRestore(like.ema),
-                opt_state=ocp.args.StandardRestore(like.opt_state),
-            ),
-        )
-        return TrainState(step, restored["params"], restored["ema"], restored["opt_state"])
+        return _restore_state(self._manager, step, like)
 
 
 def checkpoint_folder(output: str) -> Path:
@@ -128,31 +131,77 @@ def checkpoint_folder(output: str) -> Path:
     return Path(output).absolute() / "checkpoints"
 
 
-def load_averaged(output: str) -> tuple[int, TrainConfig, Params]:
-    """Return the step, the configuration and the averaged weights of a run's newest checkpoint.
+class NewestCheckpoint:
+    """The newest checkpoint of a run, to be read: its step, the run's configuration, the model."""
+
+    def __init__(self, manager: ocp.CheckpointManager, step: int):
+        self._manager = manager
+        self.step = step
+        run = _restore(manager, step, run=ocp.args.JsonRestore())["run"]
+        self.config = TrainConfig.model_validate(run["config"])
+        self.model = SHAPE.validate_python(run["model"])
+
+    def restore(self, like: TrainState) -> TrainState:
+        """Return the state; ``like`` has its shapes, placed on the devices where it is to be."""
+        return _restore_state(self._manager, self.step, like)
+
+    def weights(self, like: Params, *, averaged: bool = True) -> Params:
+        """Return the weights, placed as ``like`` is: where it has no sharding, numpy arrays."""
+        name = "ema" if averaged else "params"
+
+        def wanted(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct | np.ndarray:
+            # Of a shape without a sharding orbax would look for the devices of the run.
+            return x if x.sharding else np.broadcast_to(np.zeros((), x.dtype), x.shape)
+
+        restore = ocp.args.StandardRestore(jax.tree.map(wanted, like))
+        params: Params = _restore(self._manager, self.step, **{name: restore})[name]
+        return params
+
+
+@contextmanager
+def newest_checkpoint(output: str) -> Iterator[NewestCheckpoint]:
+    """Open the newest checkpoint of a run, which may go on meanwhile.
 
     Raises:
         EvenmixError: there is no checkpoint in this folder.
     """
     folder = checkpoint_folder(output)
-    step = None
     if folder.is_dir():
-        manager = ocp.CheckpointManager(folder)
-        step = manager.latest_step()
-    if step is None:
-        raise EvenmixError(
-            f"{folder} holds no checkpoint; give the output folder of a run of `evenmix train` "
-            "that has reached its first one"
-        )
-    stored = manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))
-    config = TrainConfig.model_validate(stored["run"]["config"])
-    here = SingleDeviceSharding(jax.local_devices()[0])
-    like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
-        abstract_params(config.model_config_for(config.latent_codec())),
+        with closing(ocp.CheckpointManager(folder)) as manager:
+            step = manager.latest_step()
+            if step is not None:
+                yield NewestCheckpoint(manager, step)
+                return
+    raise EvenmixError(
+        f"{folder} holds no checkpoint; give the output folder of a run of `evenmix train` "
+        "that has reached its first one"
     )
-    restored = manager.restore(step, args=ocp.args.Composite(ema=ocp.args.StandardRestore(like)))
-    return step, config, restored["ema"]
+
+
+def load_averaged(output: str, mesh: Mesh) -> tuple[int, TrainConfig, Params]:
+    """Return the step, the configuration and the averaged weights of a run's newest checkpoint.
+
+    Raises:
+        EvenmixError: there is no checkpoint in this folder.
+    """
+    with newest_checkpoint(output) as checkpoint:
+        like = place_state(mesh, abstract_params(checkpoint.model))
+        return checkpoint.step, checkpoint.config, checkpoint.weights(like)
+
+
+def _restore_state(manager: ocp.CheckpointManager, step: int, like: TrainState) -> TrainState:
+    restored = _restore(
+        manager,
+        step,
+        params=ocp.args.StandardRestore(like.params),
+        ema=ocp.args.StandardRestore(like.ema),
+        opt_state=ocp.args.StandardRestore(like.opt_state),
+    )
+    return TrainState(step, restored["params"], restored["ema"], restored["opt_state"])
+
+
+def _restore(manager: ocp.CheckpointManager, step: int, **parts: Any) -> Any:
+    return manager.restore(step, args=ocp.args.Composite(**parts))
 
 
 def _differences(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:

@@ -1,17 +1,29 @@
-"""The configuration of a training run: one TOML file, checked as a whole before any work."""
+"""The configuration of a training run: one TOML file, checked as a whole before any work.
 
+It may build on another; see :mod:`train.recipe`.
+"""
+
+from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config_file import Section, load_toml
+from pipeline.config_file import Layer, Section, configure
 from pipeline.errors import EvenmixError
 from train import flux2_vae
 from train.baselines import BaselineConfig, BaselineKind
+from train.blocks import Rematerialise
 from train.encoders import ByteTextEncoder, LatentCodec, PixelCodec, TextEncoder
 from train.model import ModelConfig
-from train.precision import Precision
+from train.prompts import read_prompts
+from train.recipe import merge, read_layers
+from train.sampling import SamplingConfig
 from train.t5gemma import Semantics, load_t5gemma
+
+Precision = Literal["float32", "bfloat16"]
+
+I1S_SAMPLING = SamplingConfig()
 
 
 class NetworkConfig(Section):
@@ -37,8 +49,9 @@ class I1NetworkConfig(NetworkConfig):
     """``kind = "i1"``, which is also meant where none is said."""
 
     kind: Literal["i1"] = "i1"
+    depth: int = Field(ge=3)
 
-    def shaped_for(self, **surroundings: int) -> ModelConfig:
+    def shaped_for(self, **surroundings: Any) -> ModelConfig:
         """Return the shape of the network among its pictures and captions."""
         return ModelConfig(**surroundings, **self.model_dump(exclude={"kind"}))
 
@@ -59,11 +72,23 @@ class BaselineNetworkConfig(NetworkConfig):
 
 
 class TextConfig(Section):
-    """``[text]``: what all text encoders have, and how often a caption is dropped for guidance."""
+    """``[text]``: what all text encoders have, and how often a caption is dropped for guidance.
+
+    A batch, or a part of it, whose texts all fit in one of the lengths of ``trim_to`` is computed
+    with no more tokens than that behind the adapter: the same numbers, for less work.
+    """
 
     num_tokens: int = Field(gt=0)
     embed_dim: int = Field(gt=0)
     dropout: float = Field(default=0.1, ge=0, lt=1)
+    trim_to: list[int] = []
+
+    @model_validator(mode="after")
+    def _trims_to_lengths(self) -> "TextConfig":
+        lengths = [0, *self.trim_to, self.num_tokens]
+        if any(shorter >= longer for shorter, longer in pairwise(lengths)):
+            raise ValueError("trim_to must be increasing, each length above 0 and below num_tokens")
+        return self
 
 
 class BytesConfig(TextConfig):
@@ -77,13 +102,16 @@ class BytesConfig(TextConfig):
 
 
 class T5GemmaTextConfig(TextConfig):
-    """``encoder = "t5gemma"``: weights and how they are used; see train.t5gemma.load_t5gemma."""
+    """``encoder = "t5gemma"``: weights and how they are used; see train.t5gemma.load_t5gemma.
+
+    The default is i1's. No commit of it is pinned here: give one, or a folder of that name.
+    """
 
     encoder: Literal["t5gemma"]
-    weights: str
+    weights: str = "google/t5gemma-2b-2b-ul2-it"
     revision: str | None = None
     semantics: Semantics = "i1"
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Precision = "bfloat16"
 
     def load(self) -> TextEncoder:
         """Return the encoder.
@@ -118,12 +146,19 @@ class PixelsConfig(Section):
 
 
 class Flux2Config(Section):
-    """``[latent]`` by the FLUX.2 VAE; see :func:`train.flux2_vae.load_flux2_codec`."""
+    """``[latent]`` by the FLUX.2 VAE, i1's if none is named; see train.flux2_vae."""
 
     encoder: Literal["flux2"]
-    weights: str
+    weights: str = flux2_vae.REPOSITORY
     revision: str | None = None
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Precision = "float32"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _the_default_is_pinned(cls, table: Any) -> Any:
+        if isinstance(table, dict) and "weights" not in table:
+            return {"revision": flux2_vae.REVISION} | table
+        return table
 
     @property
     def downsampling(self) -> int:
@@ -146,7 +181,7 @@ class OptimiserConfig(Section):
     b1: float = Field(default=0.9, ge=0, lt=1)
     b2: float = Field(default=0.95, ge=0, lt=1)
     clip_norm: float = Field(default=1.0, gt=0)
-    mu_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    mu_dtype: Precision = "bfloat16"
     ema_decay: float = Field(default=0.9999, ge=0, lt=1)
 
 
@@ -160,19 +195,39 @@ class SamplesConfig(Section):
     """``[samples]``: what the averaged weights draw while the run goes on, as `evenmix sample`.
 
     ``prompts`` is a list, or a file as `evenmix sample` takes it. The noise is the same each time.
+    For the other settings see :class:`train.sampling.SamplingConfig`.
     """
 
     every_steps: int = Field(gt=0)
     prompts: str | Annotated[list[str], Field(min_length=1)]
+    guidance: float = Field(default=I1S_SAMPLING.guidance, allow_inf_nan=False)
+    rescale: float = Field(default=I1S_SAMPLING.rescale, ge=0, le=1)
+    steps: int = Field(default=I1S_SAMPLING.steps, gt=0)
+    shift: float = Field(default=I1S_SAMPLING.shift, gt=0, allow_inf_nan=False)
+
+    def load(self) -> list[str]:
+        """Return the prompts.
+
+        Raises:
+            EvenmixError: their file cannot be read, or has none.
+        """
+        return read_prompts(Path(self.prompts)) if isinstance(self.prompts, str) else self.prompts
+
+    def settings(self, seed: int) -> SamplingConfig:
+        """Return how to sample, with this seed of the noise."""
+        return SamplingConfig(self.guidance, self.rescale, self.steps, self.shift, seed)
 
 
 class TrainConfig(Section):
     """The whole file.
 
-    ``init`` is a file with the weights that a run begins with; see :mod:`train.weights`.
-    ``precision`` is the type of the activations, ``accumulate`` the number of parts in which a
-    batch is computed, one after the other. Of the checkpoints the latest are kept, and those of
-    every ``keep_every_steps`` for good.
+    ``init`` is a file with the weights that a run begins with (see :mod:`train.weights`), or the
+    output folder of a run that this one goes on from: with its step, optimiser and average.
+    ``precision`` is the type of the activations; ``accumulate`` is the number of parts in which a
+    batch is computed, one after the other; ``rematerialise`` is what of a block is computed again
+    in the backward pass instead of being kept: nothing, all but matrix products with weights
+    (``dots``), or everything. Of the checkpoints the latest are kept, and those of every
+    ``keep_every_steps`` for good.
     """
 
     mixture: str
@@ -187,6 +242,7 @@ class TrainConfig(Section):
     keep_every_steps: int | None = Field(default=None, gt=0)
     precision: Precision = "float32"
     accumulate: int = Field(default=1, gt=0)
+    rematerialise: Rematerialise = "none"
     loader_threads: int = Field(default=2, gt=0)
     evaluation_samples: int = Field(default=512, ge=0)
     validate_every_steps: int | None = Field(default=None, gt=0)
@@ -236,6 +292,7 @@ class TrainConfig(Section):
             in_channels=codec.channels,
             text_embed_dim=self.text.embed_dim,
             text_num_tokens=self.text.num_tokens,
+            dtype=self.precision,
         )
 
     def identity(self) -> dict[str, Any]:
@@ -244,16 +301,20 @@ class TrainConfig(Section):
         free |= {"loader_threads", "evaluation_samples", "keep_every_steps"}
         free |= {"validate_every_steps", "samples"}
         # These change no more than the order of sums.
-        free |= {"accumulate", "mesh"}
-        # Where the encoders' weights lie may change.
-        places = {"text": {"weights"}, "latent": {"weights"}}
-        return self.model_dump(exclude={**{name: True for name in free}, **places})
+        free |= {"accumulate", "mesh", "rematerialise"}
+        # Nor does trimming; and where the encoders' weights lie may change.
+        parts = {"text": {"weights", "trim_to"}, "latent": {"weights"}}
+        return self.model_dump(exclude={**{name: True for name in free}, **parts})
 
 
-def load_config(url: str, **overrides: str | int | None) -> TrainConfig:
-    """Read a configuration; overrides that are not None replace top-level values.
+def load_config(name: str, **overrides: str | int | None) -> TrainConfig:
+    """Read the configuration of a file, or a recipe; overrides, if not None, replace its values.
 
     Raises:
-        EvenmixError: the file is missing or wrong; all mistakes are in the one message.
+        EvenmixError: a file is missing or wrong; all mistakes are in the one message.
     """
-    return load_toml(url, TrainConfig, overrides)
+    layers = read_layers(name)
+    place = layers[0].place
+    given = {key: value for key, value in overrides.items() if value is not None}
+    layers = [Layer(place, given), *layers]
+    return configure(place, merge(layers), TrainConfig, {}, layers)

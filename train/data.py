@@ -31,6 +31,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -269,7 +270,8 @@ def check_mixture(mixture_url: str, manifest: Manifest, resolution: int) -> None
     """Check before any work that a mixture is whole and fits the model.
 
     Raises:
-        EvenmixError: another resolution, pictures that are not square, a missing or truncated file.
+        EvenmixError: another resolution, pictures that are not square or have no captions, a
+            missing or truncated file.
     """
     name = storage.join(mixture_url, "mixture.json")
     if manifest.crop != "square":
@@ -282,6 +284,11 @@ def check_mixture(mixture_url: str, manifest: Manifest, resolution: int) -> None
             f"{name}: its pictures have {manifest.resolution} px, the training configuration says "
             f"{resolution} px; change `resolution` or mix again"
         )
+    for dataset in manifest.datasets:
+        if not any(map(Fraction, dataset.caption_sets.values())):
+            raise EvenmixError(
+                f"{name}: dataset {dataset.name} has no caption set; mix again with captions for it"
+            )
     there = {file.name: file.num_bytes for file in storage.list_files(mixture_url)}
     for dataset in manifest.datasets:
         for shard in dataset.train.shards + dataset.validation.shards:
@@ -305,20 +312,20 @@ def read_validation(
     quota = max_samples // max(1, len(manifest.datasets))
     held_out: dict[str, list[Sample]] = {}
     for dataset in manifest.datasets:
-        reader = SampleReader(mixture_url, manifest, [dataset], "validation")
         samples: list[Sample] = []
-        for shard, info in enumerate(reader.shards):
-            count = min(info.num_samples, quota - len(samples))
-            if not count:
-                break
-            stretch = reader.fetch(shard, 0, count).result()
-            for number in range(count):
-                picture = np.empty((manifest.resolution, manifest.resolution, 3), np.uint8)
-                try:
-                    caption = reader.decode(stretch, number, "validation", picture)
-                except BrokenSample:
-                    continue
-                samples.append(Sample(picture, caption))
+        with closing(SampleReader(mixture_url, manifest, [dataset], "validation")) as reader:
+            for shard, info in enumerate(reader.shards):
+                count = min(info.num_samples, quota - len(samples))
+                if not count:
+                    break
+                stretch = reader.fetch(shard, 0, count).result()
+                for number in range(count):
+                    picture = np.empty((manifest.resolution, manifest.resolution, 3), np.uint8)
+                    try:
+                        caption = reader.decode(stretch, number, "validation", picture)
+                    except BrokenSample:
+                        continue
+                    samples.append(Sample(picture, caption))
         held_out[dataset.name] = samples
     return held_out
 

@@ -2,7 +2,8 @@
 
 Two small interfaces, and for each an implementation that needs no weights: bytes of words for the
 text, space-to-depth for the pixels. A large model puts a pretrained encoder and a VAE in their
-place.
+place. Weights are an argument of the functions that use them, so that whoever calls decides where
+they lie; :class:`train.frozen.FrozenEncoders` spreads them over a mesh.
 """
 
 import hashlib
@@ -10,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ NEIGHBOUR_SCALE = 0.5
 
 
 class TextEncoder(Protocol):
-    """Frozen text encoder."""
+    """Frozen text encoder: texts to tokens on the host, tokens to embeddings on the device."""
 
     @property
     def num_tokens(self) -> int:
@@ -33,11 +34,19 @@ class TextEncoder(Protocol):
     def embed_dim(self) -> int:
         """Width of a token's embedding."""
 
-    def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Return embeddings (B, num_tokens, embed_dim) float32 and the mask (B, num_tokens) bool.
+    @property
+    def params(self) -> Any:
+        """The weights, a tree of numpy arrays; {} where there are none."""
 
-        The mask is True where there is text, which is at the front (but see T5GemmaEncoder).
+    def tokenise(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Return tokens (B, num_tokens, …) and the mask (B, num_tokens) bool.
+
+        The mask is True where there is text, which is at the front (but see T5GemmaEncoder). It may
+        run in several threads at once.
         """
+
+    def encode(self, params: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        """Turn tokens into embeddings (B, num_tokens, embed_dim) float32; it may be traced."""
 
 
 class LatentCodec(Protocol):
@@ -51,14 +60,18 @@ class LatentCodec(Protocol):
     def downsampling(self) -> int:
         """Side in pixels of the square that one place stands for."""
 
-    def encode(self, pictures: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+    @property
+    def params(self) -> Any:
+        """The weights, a tree of numpy arrays; {} where there are none."""
+
+    def encode(self, params: Any, pictures: jax.Array, keys: jax.Array | None = None) -> jax.Array:
         """Turn (B, H, W, 3) uint8 into (B, H / d, W / d, channels) float32, d = downsampling.
 
         A codec whose latents are a distribution draws them by the ``keys`` (B,), one for each
-        picture; without keys it returns the means.
+        picture; without keys it returns the means. It may be traced, as :meth:`decode`.
         """
 
-    def decode(self, latents: jax.Array) -> jax.Array:
+    def decode(self, params: Any, latents: jax.Array) -> jax.Array:
         """Turn latents into (B, H, W, 3) uint8."""
 
 
@@ -73,13 +86,20 @@ class ByteTextEncoder:
     2017, section 3.2). As the states of a pretrained encoder know their context, half as much is
     added of the same sums, under another hash, of the word before and of the word after. Vectors
     are drawn from a hash, so they are the same on every machine.
+
+    All of that is done on the host: its tokens are the embeddings.
     """
 
     num_tokens: int
     embed_dim: int
 
-    def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Encode texts; see TextEncoder."""
+    @property
+    def params(self) -> dict[str, np.ndarray]:
+        """No weights."""
+        return {}
+
+    def tokenise(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Return embeddings (B, num_tokens, embed_dim) float32 and the mask; see TextEncoder."""
         embeddings = np.zeros((len(texts), self.num_tokens, self.embed_dim), np.float32)
         mask = np.zeros((len(texts), self.num_tokens), bool)
         for row, text in enumerate(texts):
@@ -94,6 +114,10 @@ class ByteTextEncoder:
                 ) / np.sqrt(1 + 2 * NEIGHBOUR_SCALE**2)
                 mask[row, column] = True
         return embeddings, mask
+
+    def encode(self, params: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        """Return the tokens; see TextEncoder."""
+        return tokens
 
 
 @lru_cache(maxsize=1 << 16)
@@ -130,7 +154,12 @@ class PixelCodec:
         """Three colours for each pixel of a square."""
         return 3 * self.downsampling**2
 
-    def encode(self, pictures: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+    @property
+    def params(self) -> dict[str, np.ndarray]:
+        """No weights."""
+        return {}
+
+    def encode(self, params: Any, pictures: jax.Array, keys: jax.Array | None = None) -> jax.Array:
         """Encode pictures, which needs no ``keys``; see LatentCodec."""
         side = self.downsampling
         batch, height, width, _ = pictures.shape
@@ -138,7 +167,7 @@ class PixelCodec:
         x = x.reshape(batch, height // side, side, width // side, side, 3)
         return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height // side, width // side, -1)
 
-    def decode(self, latents: jax.Array) -> jax.Array:
+    def decode(self, params: Any, latents: jax.Array) -> jax.Array:
         """Decode latents; see LatentCodec."""
         side = self.downsampling
         batch, height, width, _ = latents.shape

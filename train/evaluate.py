@@ -5,21 +5,24 @@ Noise and times are fixed, so that two checkpoints, and two captions, are compar
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import NormalDist
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from train.config import TrainConfig
 from train.data import Sample
-from train.encoders import LatentCodec, TextEncoder
 from train.flow import Draws, losses, shift_time
+from train.frozen import FrozenEncoders
 from train.model import Params, Velocity
 
 # The quarters' midpoints of the distribution of training times.
 TIME_QUANTILES = (1 / 8, 3 / 8, 5 / 8, 7 / 8)
+# Or a few more, as many on each device.
 PICTURES_AT_A_TIME = 64
 
 
@@ -43,23 +46,25 @@ def make_evaluation(
     velocity: Velocity,
     *,
     held_out: dict[str, list[Sample]],
-    encoder: TextEncoder,
-    codec: LatentCodec,
+    encoders: FrozenEncoders,
     config: TrainConfig,
 ) -> Callable[[Params], dict[str, Evaluation]]:
     """Return a function of the weights, to be compiled once, whatever the number of its calls.
 
-    It evaluates each dataset with two held-out pictures or more, and ``all`` of them together.
+    It evaluates each dataset with two held-out pictures or more, and ``all`` of them together. All
+    processes have the same ``held_out``, and get the same numbers.
     """
     usable = {name: samples for name, samples in held_out.items() if len(samples) > 1}
     quantiles = [NormalDist().inv_cdf(quantile) for quantile in TIME_QUANTILES]
-    times = shift_time(jax.nn.sigmoid(jnp.array(quantiles)), config.time_shift)
-    key = jax.random.key(config.seed)
+    times = np.asarray(shift_time(jax.nn.sigmoid(jnp.array(quantiles)), config.time_shift))
+    rows = encoders.rows_for(PICTURES_AT_A_TIME)
 
-    @jax.jit
+    @partial(jax.jit, out_shardings=NamedSharding(encoders.mesh, PartitionSpec()))
     def losses_at_times(
         params: Params, data: jax.Array, caption: jax.Array, mask: jax.Array, index: jax.Array
     ) -> jax.Array:
+        key = jax.random.key(config.seed)
+
         def noise_of(sample: jax.Array) -> jax.Array:
             return jax.random.normal(jax.random.fold_in(key, sample), data.shape[1:])
 
@@ -73,31 +78,32 @@ def make_evaluation(
         of_all_times: jax.Array = jax.lax.map(at_time, times)
         return of_all_times
 
-    def per_sample(params: Params, samples: list[Sample], captions: list[str]) -> np.ndarray:
+    def per_sample(params: Params, samples: list[Sample]) -> np.ndarray:
+        """Return the losses with right and with swapped captions, (2, times, samples)."""
         found = []
-        for first in range(0, len(samples), PICTURES_AT_A_TIME):
-            number = (first + np.arange(PICTURES_AT_A_TIME)) % len(samples)
-            data = codec.encode(jnp.asarray(np.stack([samples[i].picture for i in number])))
-            caption, mask = encoder([captions[i] for i in number])
-            found.append(np.asarray(losses_at_times(params, data, caption, mask, number)))
-        losses_of_all: np.ndarray = np.concatenate(found, axis=1)[:, : len(samples)]
+        for first in range(0, len(samples), rows):
+            number = (first + np.arange(rows)) % len(samples)
+            pictures = np.stack([samples[i].picture for i in number])
+            tokens, mask = encoders.text.tokenise([samples[i].caption for i in number])
+            data, caption = encoders.encode(pictures, tokens, mask)
+            right = losses_at_times(params, data, caption, mask, number)
+            others = [samples[(i + 1) % len(samples)].caption for i in number]
+            tokens, mask = encoders.text.tokenise(others)
+            swapped = losses_at_times(params, data, encoders.caption(tokens, mask), mask, number)
+            found.append(np.stack([right, swapped]))
+        losses_of_all: np.ndarray = np.concatenate(found, axis=2)[:, :, : len(samples)]
         return losses_of_all
 
     def evaluate(params: Params) -> dict[str, Evaluation]:
-        right, swapped = {}, {}
-        for name, samples in usable.items():
-            captions = [sample.caption for sample in samples]
-            right[name] = per_sample(params, samples, captions)
-            swapped[name] = per_sample(params, samples, captions[1:] + captions[:1])
+        found = {name: per_sample(params, samples) for name, samples in usable.items()}
         if usable:
-            right["all"] = np.concatenate(list(right.values()), axis=1)
-            swapped["all"] = np.concatenate(list(swapped.values()), axis=1)
-        return {name: _summary(right[name], swapped[name], times) for name in right}
+            found["all"] = np.concatenate(list(found.values()), axis=2)
+        return {name: _summary(right, swapped, times) for name, (right, swapped) in found.items()}
 
     return evaluate
 
 
-def _summary(right: np.ndarray, swapped: np.ndarray, times: jax.Array) -> Evaluation:
+def _summary(right: np.ndarray, swapped: np.ndarray, times: np.ndarray) -> Evaluation:
     """Sum up losses, each (times, samples)."""
     loss, swapped_loss = float(right.mean()), float(swapped.mean())
     at_time = {f"{t:.2f}": float(of_time.mean()) for t, of_time in zip(times, right, strict=True)}

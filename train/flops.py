@@ -1,10 +1,10 @@
 """How many floating-point operations (FLOP) a picture costs, and how many a device can do.
 
 Counted are matrix products and convolutions, 2 m n k each: all linear layers, and the two products
-of every attention, over padded text too, as they are computed. Not counted is what is small beside
-them (norms, softmax, rotations, the optimiser), nor what the last block computes for text, which
-nothing reads. The backward pass costs twice the forward one; blocks that are computed again to save
-memory do not count twice. The encoders only run forward.
+of every attention, over padded text too, also where ``trim_to`` or flash attention leave it out.
+Not counted is what is small beside them (norms, softmax, rotations, the optimiser). The backward
+pass costs twice the forward one; blocks that are computed again to save memory do not count twice.
+The encoders only run forward.
 
 For i1-3B with T5Gemma (256 tokens) and the FLUX.2 VAE this makes 6.30, 15.15 and 59.21 TFLOP a
 picture at 256, 512 and 1024 px.
@@ -21,12 +21,17 @@ PEAK_FLOP_PER_S = {
     "NVIDIA A100 80GB PCIe": 312e12,
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA GH200 480GB": 989e12,
     "NVIDIA H200": 989e12,
     "NVIDIA B200": 2250e12,
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
     "TPU v5": 459e12,
+    "TPU v5p": 459e12,
     "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
 }
 """Peak of a device in bfloat16 without sparsity, by JAX's ``device_kind``; "TPU v5" is v5p.
 

@@ -5,7 +5,6 @@ with location 0 and scale 1; the time shift of their section 5.3.2, s < 1 meanin
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from jax.typing import ArrayLike
 from train.model import Params, Velocity
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Draws:
     """The random part of a step: noise (B, H, W, C) float32, t (B,) float32, dropped (B,) bool."""
@@ -52,7 +52,6 @@ def draw(
     return Draws(noise, shift_time(t, shift), dropped)
 
 
-@partial(jax.jit, static_argnums=2)
 def posterior_keys(seed: int, step: ArrayLike, batch_size: int) -> jax.Array:
     """Return the keys, one a sample, by which a codec draws the latents of a step's pictures.
 

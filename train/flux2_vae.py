@@ -16,13 +16,15 @@ convolutions alike; normalisation, attention weights and the posterior are in fl
 """
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
 
@@ -38,6 +40,7 @@ CHANNELS = 32
 DOWNSAMPLING = 8
 # Latents are normalised in squares of this side, whose 4 x 32 numbers each have their statistics.
 NORMALISED_SIDE = 2
+SQUARE = NORMALISED_SIDE**2 * CHANNELS
 PICTURE_MULTIPLE = DOWNSAMPLING * NORMALISED_SIDE
 
 LEVELS = 4
@@ -54,6 +57,8 @@ LOG_VARIANCE_RANGE = (-30.0, 20.0)
 # At 1024 px there are 16,384 positions: their weights for all queries at once would be 1 GiB each.
 QUERIES_AT_A_TIME = 1024
 
+Params = dict[str, Any]
+
 
 @dataclass(frozen=True)
 class VaeConfig:
@@ -62,6 +67,10 @@ class VaeConfig:
     encoder_widths: Shape
     decoder_widths: Shape
     dtype: str
+
+
+FLUX2_VAE = VaeConfig((128, 256, 512, 512), (512, 512, 256, 128), "float32")
+"""The autoencoder of REPOSITORY."""
 
 
 class GroupNorm(nnx.Module):
@@ -285,13 +294,12 @@ def _of_square(statistic: jax.Array) -> jax.Array:
 class Flux2Codec:
     """The FLUX.2 VAE as a LatentCodec; see :func:`load_flux2_codec`.
 
-    ``mean`` and ``variance``, (128,), are the running statistics that the checkpoint carries.
+    ``params`` are numpy arrays: ``autoencoder``, the weights of the modules, and ``mean`` and
+    ``variance``, (128,), the running statistics that the checkpoint carries.
     """
 
     config: VaeConfig
-    params: Any
-    mean: jax.Array
-    variance: jax.Array
+    params: Params
 
     @property
     def channels(self) -> int:
@@ -303,24 +311,35 @@ class Flux2Codec:
         """Side in pixels of the square that one place stands for."""
         return DOWNSAMPLING
 
-    def posterior(self, pictures: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def posterior(self, params: Params, pictures: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the mean and the log-variance of the latents, each (B, h, w, 32) float32."""
-        moments: tuple[jax.Array, jax.Array] = _posterior(self.config, self.params, pictures)
-        return moments
+        vae = self._autoencoder(params)
+        features = vae.encoder(pictures.astype(jnp.float32) / 127.5 - 1)
+        moments = vae.quant_conv(features.astype(jnp.float32))
+        mean, log_variance = jnp.split(moments, 2, axis=-1)
+        return mean, jnp.clip(log_variance, *LOG_VARIANCE_RANGE)
 
-    def encode(self, pictures: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+    def encode(
+        self, params: Params, pictures: jax.Array, keys: jax.Array | None = None
+    ) -> jax.Array:
         """Encode (B, H, W, 3) uint8, H and W multiples of PICTURE_MULTIPLE; see LatentCodec."""
-        mean, log_variance = self.posterior(pictures)
+        mean, log_variance = self.posterior(params, pictures)
         if keys is not None:
             noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
             mean += jnp.exp(log_variance / 2) * noise
-        return normalise(mean, self.mean, self.variance)
+        return normalise(mean, params["mean"], params["variance"])
 
-    def decode(self, latents: jax.Array) -> jax.Array:
+    def decode(self, params: Params, latents: jax.Array) -> jax.Array:
         """Decode latents; see LatentCodec."""
-        latents = denormalise(latents, self.mean, self.variance)
-        pictures: jax.Array = _pictures(self.config, self.params, latents)
-        return pictures
+        latents = denormalise(latents, params["mean"], params["variance"])
+        vae = self._autoencoder(params)
+        x = vae.decoder(vae.post_quant_conv(latents)).astype(jnp.float32)
+        return jnp.clip(jnp.round((x + 1) * 127.5), 0, 255).astype(jnp.uint8)
+
+    def _autoencoder(self, params: Params) -> Autoencoder:
+        graphdef = nnx.graphdef(_abstract(self.config))
+        module: Autoencoder = nnx.merge(graphdef, params["autoencoder"])
+        return module
 
 
 @lru_cache(maxsize=1)
@@ -341,10 +360,10 @@ def load_flux2_codec(name: str, revision: str | None = None, dtype: str = "float
                 _widths(found, "encoder.down_blocks"), _widths(found, "decoder.up_blocks"), dtype
             )
             like = nnx.to_pure_dict(nnx.state(_abstract(config), nnx.Param))
-            statistics = {name: (NORMALISED_SIDE**2 * CHANNELS,) for name in BATCH_NORM}
+            statistics = {name: (SQUARE,) for name in BATCH_NORM}
             expected = torch_shapes(like) | statistics | {BATCHES_SEEN: ()}
             check_tensors(str(path), found, expected)
-            params = jax.device_put(from_torch(like, file.get_tensor))
+            weights = from_torch(like, file.get_tensor)
             mean, variance = (file.get_tensor(name) for name in BATCH_NORM)
     except (OSError, SafetensorError) as error:
         raise EvenmixError(
@@ -355,34 +374,31 @@ def load_flux2_codec(name: str, revision: str | None = None, dtype: str = "float
             f"{path} scales its latents otherwise than the FLUX.2 VAE; give the autoencoder of "
             f"{REPOSITORY}, in float32"
         )
-    return Flux2Codec(config, params, jnp.asarray(mean), jnp.asarray(variance))
+    return Flux2Codec(config, {"autoencoder": weights, "mean": mean, "variance": variance})
+
+
+def draw_flux2_codec(config: VaeConfig, seed: int) -> Flux2Codec:
+    """Return an autoencoder with random weights, to measure what one costs."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path: tuple[Any, ...], like: jax.ShapeDtypeStruct) -> np.ndarray:
+        if path[-1].key == "kernel":
+            drawn: np.ndarray = rng.standard_normal(like.shape, np.float32)
+            drawn *= math.prod(like.shape[:-1]) ** -0.5
+        else:  # normalisations neither scale nor shift
+            drawn = np.full(like.shape, path[-1].key == "weight", np.float32)
+        return drawn
+
+    like = nnx.to_pure_dict(nnx.state(_abstract(config), nnx.Param))
+    weights = jax.tree_util.tree_map_with_path(draw, like)
+    mean, variance = np.zeros(SQUARE, np.float32), np.ones(SQUARE, np.float32)
+    return Flux2Codec(config, {"autoencoder": weights, "mean": mean, "variance": variance})
 
 
 def _widths(found: Mapping[str, Shape], blocks: str) -> Shape:
     """Return the channels of each level; the least possible where the file does not tell."""
     names = [f"{blocks}.{level}.resnets.0.conv1.weight" for level in range(LEVELS)]
     return tuple((*found.get(name, ()), GROUPS)[0] for name in names)
-
-
-@partial(jax.jit, static_argnums=0)
-def _posterior(config: VaeConfig, params: Any, pictures: jax.Array) -> tuple[jax.Array, jax.Array]:
-    vae = _module(config, params)
-    features = vae.encoder(pictures.astype(jnp.float32) / 127.5 - 1)
-    moments = vae.quant_conv(features.astype(jnp.float32))
-    mean, log_variance = jnp.split(moments, 2, axis=-1)
-    return mean, jnp.clip(log_variance, *LOG_VARIANCE_RANGE)
-
-
-@partial(jax.jit, static_argnums=0)
-def _pictures(config: VaeConfig, params: Any, latents: jax.Array) -> jax.Array:
-    vae = _module(config, params)
-    x = vae.decoder(vae.post_quant_conv(latents)).astype(jnp.float32)
-    return jnp.clip(jnp.round((x + 1) * 127.5), 0, 255).astype(jnp.uint8)
-
-
-def _module(config: VaeConfig, params: Any) -> Autoencoder:
-    module: Autoencoder = nnx.merge(nnx.graphdef(_abstract(config)), params)
-    return module
 
 
 def _abstract(config: VaeConfig) -> Autoencoder:

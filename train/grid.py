@@ -6,6 +6,7 @@ import textwrap
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+MAX_COLUMNS = 8
 MIN_TILE_PX = 128
 MARGIN_PX = 8
 FONT_PX = 11
@@ -14,12 +15,12 @@ LETTERS_PER_TILE_PX = 1 / 6
 MAX_LINES = 4
 
 
-def draw_grid(pictures: np.ndarray, prompts: list[str], columns: int = 8) -> Image.Image:
+def draw_grid(pictures: np.ndarray, prompts: list[str]) -> Image.Image:
     """Lay out pictures (n, R, R, 3) uint8 in rows; small ones are magnified by a whole factor."""
     magnified = math.ceil(MIN_TILE_PX / pictures.shape[1])
     tile = pictures.shape[1] * magnified
     cell_width, cell_height = tile + MARGIN_PX, tile + MARGIN_PX + MAX_LINES * LINE_PX
-    columns = min(columns, len(pictures))
+    columns = min(MAX_COLUMNS, len(pictures))
     rows = math.ceil(len(pictures) / columns)
     size = (columns * cell_width + MARGIN_PX, rows * cell_height + MARGIN_PX)
     grid = Image.new("RGB", size, "white")

@@ -1,136 +1,65 @@
 """A training run from first to last: data, step, log, checkpoints, evaluation.
 
 The output folder holds ``checkpoints/``, what :class:`train.log.RunLog` writes and, at the end,
-``evaluation.json``. The loop waits for the device only where it logs, validates, draws samples or
-writes a checkpoint.
+``evaluation.json``. The loop waits for the devices only where it logs, validates, draws samples or
+writes a checkpoint, and where they are STEPS_AHEAD steps behind.
 """
 
 import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Generator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from mixing.manifest import load_manifest
 from pipeline.errors import EvenmixError
 from train.checkpoint import Checkpoints, TrainState
 from train.config import TrainConfig
 from train.data import TrainingData, check_mixture, prefetch, read_validation
+from train.encoders import TextEncoder
 from train.evaluate import Evaluation, as_json, make_evaluation
 from train.flops import flop_per_picture
-from train.flow import Draws, draw, losses, posterior_keys
+from train.frozen import FrozenEncoders
 from train.grid import draw_grid
 from train.log import RunLog
-from train.model import Params, Velocity, abstract_params, init_params, velocity_fn
-from train.optimiser import make_optimiser, update_ema
+from train.model import velocity_fn
 from train.output import writing_to
-from train.precision import at_precision
-from train.prompts import read_prompts
-from train.sampling import SamplingConfig, sample
-from train.sharding import (
-    check_batch,
-    cut,
-    make_mesh,
-    place_state,
-    shardings_of,
-    share_rows,
-    stop_asked,
-)
-from train.weights import load_weights
+from train.profiler import Profiler
+from train.sampling import sample
+from train.sharding import check_batch, make_mesh, stop_asked
+from train.start import begin_from, keep_unused
+from train.step import NO_STEP, Inputs, TrainingStep
 
-# (params, ema, opt_state), the device's share of the state.
-Weights = tuple[Params, Params, optax.OptState]
-# Arrays with a row for each sample: latents, caption, mask, noise, t, dropped.
-Rows = tuple[jax.Array, ...]
-NO_STEP = -1
+# So the next batch is on the devices when they are done with one, and no more than that.
+STEPS_AHEAD = 2
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """A batch made ready for the device: pictures uint8, caption float32, mask bool."""
+class Prepared:
+    """A batch before its step; ``num_replaced`` of its samples stand in for broken ones."""
 
-    pictures: np.ndarray
-    caption: np.ndarray
-    mask: np.ndarray
+    inputs: Inputs
     num_replaced: int
 
 
-def make_step(
-    config: TrainConfig,
-    velocity: Velocity,
-    optimiser: optax.GradientTransformation,
-    shardings: Weights,
-) -> Callable[..., tuple[Weights, jax.Array, dict[str, jax.Array]]]:
-    """Return the training step: weights, broken, step, latents, caption, mask to new ones.
+def prepare_ahead(
+    data: TrainingData, text: TextEncoder, first_step: int, threads: int
+) -> Generator[Prepared]:
+    """Yield the batches of ``first_step`` and those after it, read and tokenised in threads."""
 
-    It returns (weights, broken, metrics). ``broken`` is the first step whose loss or gradient norm
-    was not finite, NO_STEP if there was none; from that step on the weights stay as they were.
+    def prepare(step: int) -> Prepared:
+        batch = data.batch(step)
+        inputs = Inputs(batch.pictures, *text.tokenise(batch.captions))
+        return Prepared(inputs, batch.num_replaced)
 
-    The weights that are given in are donated: they are gone afterwards. Those that come out are
-    placed by ``shardings``.
-    """
-
-    @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None, None))
-    def train_step(
-        weights: Weights,
-        broken: jax.Array,
-        step: jax.Array,
-        data: jax.Array,
-        caption: jax.Array,
-        mask: jax.Array,
-    ) -> tuple[Weights, jax.Array, dict[str, jax.Array]]:
-        params, ema, opt_state = weights
-        draws = draw(config.seed, step, data.shape, config.text.dropout, config.time_shift)
-
-        def mean_loss(params: Params, rows: Rows) -> jax.Array:
-            data, caption, mask, noise, t, dropped = rows
-            draws = Draws(noise, t, dropped)
-            return losses(velocity, params, data, caption=caption, mask=mask, draws=draws).mean()
-
-        rows = (data, caption, mask, draws.noise, draws.t, draws.dropped)
-        loss, gradients = mean_gradients(mean_loss, params, rows, config.accumulate)
-        updates, opt_state = optimiser.update(gradients, opt_state, params)
-        params = optax.apply_updates(params, updates)
-        ema = update_ema(ema, params, config.optimiser.ema_decay)
-        norm = optax.tree.norm(gradients)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        broken = jnp.where((broken == NO_STEP) & ~finite, step, broken)
-        updated = (params, ema, opt_state)
-        weights = jax.tree.map(partial(jnp.where, broken == NO_STEP), updated, weights)
-        return weights, broken, {"loss": loss, "gradient_norm": norm}
-
-    return train_step
-
-
-def mean_gradients(
-    mean_loss: Callable[[Params, Rows], jax.Array], params: Params, rows: Rows, accumulate: int
-) -> tuple[jax.Array, Params]:
-    """Return a loss that is a mean over rows, and its gradients, computed in so many parts."""
-    loss_and_gradients = jax.value_and_grad(mean_loss)
-    if accumulate == 1:
-        return loss_and_gradients(params, rows)
-
-    def part_of_each_device(x: jax.Array) -> jax.Array:
-        # Part i has the rows i, i + accumulate, …: so no row moves to another device.
-        return x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
-
-    def add(total: tuple[jax.Array, Params], part: Rows) -> tuple[tuple[jax.Array, Params], None]:
-        return jax.tree.map(jnp.add, total, loss_and_gradients(params, part)), None
-
-    nothing = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    total, _ = jax.lax.scan(add, nothing, jax.tree.map(part_of_each_device, rows))
-    mean: tuple[jax.Array, Params] = jax.tree.map(lambda x: x / accumulate, total)
-    return mean
+    return prefetch(prepare, first_step, threads)
 
 
 def check_finite(broken: jax.Array, data: TrainingData) -> None:
@@ -148,136 +77,145 @@ def check_finite(broken: jax.Array, data: TrainingData) -> None:
         )
 
 
-def train(config: TrainConfig, stop: threading.Event) -> dict[str, Evaluation] | None:
-    """Train, or resume training, to ``config.steps``; evaluate at the end.
-
-    When ``stop`` is set, the step at hand is finished (with several processes: the steps until the
-    next log), a checkpoint written, and None returned.
+def first_state(config: TrainConfig, training_step: TrainingStep, like: TrainState) -> TrainState:
+    """Return what a run begins with: that of ``init``, or else fresh weights.
 
     Raises:
-        EvenmixError: the mixture is not whole or does not fit, or the output is another run's; or a
-            loss is not finite.
+        EvenmixError: ``init`` does not fit, or has done all steps.
     """
-    manifest = load_manifest(config.mixture)
-    check_mixture(config.mixture, manifest, config.resolution)
+    if config.init is None:
+        return TrainState(0, *training_step.fresh())
+    state = begin_from(config.init, training_step.model, like, training_step.begin)
+    if state.step >= config.steps:
+        raise EvenmixError(
+            f"{config.init} has done {state.step} steps, from which this run counts on, "
+            f"but `steps` is {config.steps}; set it higher"
+        )
+    if jax.process_index() == 0:
+        keep_unused(config.init, Path(config.output))
+    return state
+
+
+def train(
+    config: TrainConfig, stop: threading.Event, profile_steps: int = 0
+) -> dict[str, Evaluation] | None:
+    """Train, or resume training, to ``config.steps``; evaluate at the end.
+
+    When ``stop`` is set, the step at hand is finished (with several processes: a few more), a
+    checkpoint written, and None returned. ``profile_steps`` steps are traced; see
+    :mod:`train.profiler`.
+
+    Raises:
+        EvenmixError: the mixture is not whole or does not fit, the output is another run's, or a
+            step needs more memory than there is, all before the first step; or a loss is not
+            finite.
+    """
     mesh = make_mesh(config.mesh.fsdp)
-    check_batch(mesh, config.batch_size, config.accumulate)
-    threads = config.loader_threads
-    data = TrainingData(
-        config.mixture,
-        manifest,
-        config.seed,
-        config.batch_size,
-        process_index=jax.process_index(),
-        num_processes=jax.process_count(),
-        threads=threads,
-    )
-    encoder, codec = config.text_encoder(), config.latent_codec()
-    model_config = config.model_config_for(codec)
-    velocity = at_precision(velocity_fn(model_config), config.precision)
-    optimiser = make_optimiser(config.optimiser)
+    with jax.set_mesh(mesh):
+        manifest = load_manifest(config.mixture)
+        check_mixture(config.mixture, manifest, config.resolution)
+        check_batch(mesh, config.batch_size, config.accumulate)
+        prompts = config.samples.load() if config.samples else []
+        data = TrainingData(
+            config.mixture,
+            manifest,
+            config.seed,
+            config.batch_size,
+            process_index=jax.process_index(),
+            num_processes=jax.process_count(),
+            threads=config.loader_threads,
+        )
+        encoders = FrozenEncoders(config.text_encoder(), config.latent_codec(), mesh)
+        held_out = read_validation(config.mixture, manifest, config.evaluation_samples)
+        training_step = TrainingStep(config, encoders)
 
-    def begin(params: Params) -> Weights:
-        return params, jax.tree.map(jnp.copy, params), optimiser.init(params)
+        # One process speaks and writes for all.
+        first = jax.process_index() == 0
 
-    like = place_state(mesh, jax.eval_shape(begin, abstract_params(model_config)))
-    shardings = shardings_of(like)
+        def say(text: str) -> None:
+            if first:
+                print(text, flush=True)
 
-    def fresh() -> TrainState:
-        if config.init is None:
-            draw_params = partial(init_params, model_config, config.seed)
-            params = jax.jit(draw_params, out_shardings=shardings[0])()
-        else:
-            params = cut(load_weights(config.init, model_config), shardings[0])
-        begun = jax.jit(begin, donate_argnums=0, out_shardings=shardings)
-        return TrainState(0, *begun(params))
+        mixture_sha256 = hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()
+        checkpoints = Checkpoints(config.output, config, training_step.model, mixture_sha256)
+        like = TrainState(0, *training_step.like)
+        state = checkpoints.resume(like) or first_state(config, training_step, like)
+        num_parameters = sum(x.size for x in jax.tree.leaves(state.params))
+        say(f"{num_parameters:,} parameters on {mesh.size} devices, from step {state.step}")
 
-    mixture_sha256 = hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()
-    checkpoints = Checkpoints(config.output, config, mixture_sha256)
-    state = checkpoints.resume(TrainState(0, *like)) or fresh()
-    # One process speaks and writes for all.
-    first = jax.process_index() == 0
-    flop = flop_per_picture(model_config, encoder, codec)
-    log = RunLog(config, state.step, flop) if first else None
-
-    def say(text: str) -> None:
-        if first:
-            print(text, flush=True)
-
-    num_parameters = sum(x.size for x in jax.tree.leaves(state.params))
-    say(f"{num_parameters:,} parameters on {mesh.size} devices, from step {state.step}")
-
-    def ready(step: int) -> Inputs:
-        batch = data.batch(step)
-        return Inputs(batch.pictures, *encoder(batch.captions), batch.num_replaced)
-
-    held_out = read_validation(config.mixture, manifest, config.evaluation_samples)
-    evaluate = make_evaluation(
-        velocity, held_out=held_out, encoder=encoder, codec=codec, config=config
-    )
-    prompts = config.samples.prompts if config.samples else []
-    if isinstance(prompts, str):
-        prompts = read_prompts(Path(prompts))
-    draw_samples = partial(
-        sample,
-        velocity,
-        prompts=prompts,
-        encoder=encoder,
-        codec=codec,
-        resolution=config.resolution,
-        config=SamplingConfig(seed=config.seed),
-    )
-    train_step = make_step(config, velocity, optimiser, shardings)
-    step, weights = state.step, (state.params, state.ema, state.opt_state)
-    broken = jax.device_put(np.int32(NO_STEP), NamedSharding(mesh, PartitionSpec()))
-    stopping = False
-    with (
-        closing(data),
-        closing(prefetch(ready, step, threads)) as inputs,
-        closing(checkpoints),
-        closing(log) if log else nullcontext(),
-    ):
-        while step < config.steps and not stopping:
-            asked_s = time.monotonic()
-            batch = next(inputs)
-            got_s = time.monotonic()
-            pictures, caption, mask = share_rows(mesh, batch.pictures, batch.caption, batch.mask)
-            keys = posterior_keys(config.seed, step, config.batch_size)
-            latents = codec.encode(pictures, keys)
-            weights, broken, metrics = train_step(weights, broken, step, latents, caption, mask)
-            step += 1
-            if log:
-                log.add(metrics, batch.mask, batch.num_replaced, asked_s=asked_s, got_s=got_s)
-            at_log = step % config.log_every_steps == 0 or step == config.steps
-            at_checkpoint = step % config.checkpoint_every_steps == 0
-            stopping = stop_asked(stop, at_log)
-            if at_log or at_checkpoint or stopping:
-                check_finite(broken, data)
-            if at_log and log:
-                say(log.write(step))
-            if config.validate_every_steps and step % config.validate_every_steps == 0:
-                evaluations = evaluate(weights[1])
+        velocity = velocity_fn(training_step.model)
+        evaluate = make_evaluation(velocity, held_out=held_out, encoders=encoders, config=config)
+        flop = flop_per_picture(training_step.model, encoders.text, encoders.codec)
+        log = RunLog(config, state.step, flop) if first else None
+        profiler = Profiler(config, state.step, profile_steps)
+        step, weights = state.step, (state.params, state.ema, state.opt_state)
+        del state  # its memory becomes that of new weights
+        broken, under_way = training_step.not_broken(), deque[jax.Array]()
+        stopping, evaluations = False, None
+        with (
+            closing(data),
+            closing(prepare_ahead(data, encoders.text, step, config.loader_threads)) as prepared,
+            closing(checkpoints),
+            closing(log) if log else nullcontext(),
+            closing(profiler),
+        ):
+            if step < config.steps:
+                # What is wrong with the samples is told before the minutes of compiling.
+                batches = chain([next(prepared)], prepared)
+                compile_s, memory = training_step.compile()
+                say(f"compiled in {compile_s:.0f} s; a step needs {memory}")
+            while step < config.steps and not stopping:
+                asked_s = time.monotonic()
+                batch = next(batches)
+                got_s = time.monotonic()
+                profiler.before(step)
+                weights, broken, metrics = training_step(weights, broken, step, batch.inputs)
+                step += 1
+                under_way.append(metrics["loss"])
+                if len(under_way) == STEPS_AHEAD:
+                    under_way.popleft().block_until_ready()
+                profiler.after(step, metrics["loss"])
                 if log:
+                    mask, num_replaced = batch.inputs.mask, batch.num_replaced
+                    log.meter.add(metrics, mask, num_replaced, asked_s=asked_s, got_s=got_s)
+                at_log = step % config.log_every_steps == 0 or step == config.steps
+                at_checkpoint = step % config.checkpoint_every_steps == 0
+                stopping = stop_asked(stop, step)
+                if at_log or at_checkpoint or stopping:
+                    check_finite(broken, data)
+                if at_log and log:
+                    say(log.write(step))
+                validated = config.validate_every_steps and step % config.validate_every_steps == 0
+                evaluations = evaluate(weights[1]) if validated else None
+                if evaluations and log:
                     say(log.write_evaluation(step, evaluations))
-            if config.samples and step % config.samples.every_steps == 0:
-                drawn = draw_samples(weights[1])
-                if log:
-                    log.write_samples(step, draw_grid(drawn, prompts))
-            if at_checkpoint:
-                checkpoints.save(TrainState(step, *weights))
-                if log:
-                    log.draw()
-        checkpoints.save(TrainState(step, *weights))
-    if log:
-        log.draw()
-    if step < config.steps:
-        say(f"stopped after step {step}; the same command goes on from there")
-        return None
+                if config.samples and step % config.samples.every_steps == 0:
+                    drawn = sample(
+                        velocity,
+                        weights[1],
+                        prompts,
+                        encoders=encoders,
+                        resolution=config.resolution,
+                        config=config.samples.settings(config.seed),
+                    )
+                    if log:
+                        log.write_samples(step, draw_grid(drawn, prompts))
+                if at_checkpoint:
+                    checkpoints.save(TrainState(step, *weights))
+                    if log:
+                        log.draw()
+            checkpoints.save(TrainState(step, *weights))
+        if log:
+            log.draw()
+        if step < config.steps:
+            say(f"stopped after step {step}; the same command goes on from there")
+            return None
+        evaluations = evaluations or evaluate(weights[1])
 
-    evaluations = evaluate(weights[1])
     report = {"step": step, "datasets": as_json(evaluations)}
-    output = Path(config.output)
     if first:
-        with writing_to(output):
-            (output / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
+        with writing_to(Path(config.output)):
+            (Path(config.output) / "evaluation.json").write_text(
+                json.dumps(report, indent=2) + "\n"
+            )
     return evaluations

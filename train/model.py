@@ -9,7 +9,8 @@ Source: the i1 recipe (z-lab Princeton, "i1-3B"); the module names are those of 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +18,16 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
+from train.attention import attend
+from train.blocks import Rematerialise, recomputed, scan_blocks, stacked
+from train.sharding import keep_rows
+
 # Positions are stretched to the grid of a picture of this size (i1's first training stage).
 REFERENCE_RESOLUTION_PX = 256
 
 Rotation = tuple[jax.Array, jax.Array]
+# Image tokens (B, N, D) and text tokens (B, T, D).
+Streams = tuple[jax.Array, jax.Array]
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,8 @@ class ModelConfig:
     """The shape of the network; the names are those of i1's checkpoints.
 
     ``input_size`` is the side of the latent grid, ``image_resolution`` that of the picture in
-    pixels. ``depth`` is odd.
+    pixels. ``depth`` is odd and at least 3. ``dtype`` is the type of the activations and of what
+    matrices are multiplied by; the weights themselves are float32, which their gradients become.
     """
 
     input_size: int
@@ -42,6 +50,7 @@ class ModelConfig:
     patch_size: int = 2
     mlp_ratio: float = 4.0
     rope_theta: float = 10_000.0
+    dtype: str = "float32"
 
     @property
     def head_dim(self) -> int:
@@ -80,22 +89,21 @@ def rope_widths(head_dim: int) -> tuple[int, int, int]:
     return time, row, head_dim - time - row
 
 
-def rotation(config: ModelConfig, mask: jax.Array) -> Rotation:
+def rotation(config: ModelConfig, text_place: jax.Array, length: jax.Array) -> Rotation:
     """Return the cosines and sines of RoPE for [image, text], each (B, N + T, 1, head_dim // 2).
 
-    A text token stands at (its index, 0, 0), a padded one at the origin; an image token at
-    (number of text tokens, row, column). ``mask`` is (B, T), 1 where there is text.
+    A text token stands at (its place in the text, 0, 0), a padded one at the origin; an image token
+    at (number of text tokens, row, column). ``text_place`` is (B, T), ``length`` (B,).
     """
     scale = REFERENCE_RESOLUTION_PX / config.image_resolution
-    batch, num_tokens = mask.shape
-    mask = mask.astype(jnp.float32)
+    batch = len(length)
     grid = jnp.indices((config.grid_size, config.grid_size)).reshape(2, -1) * scale
-    length = mask.sum(axis=1)
     image = [
-        jnp.broadcast_to(length[:, None], (batch, grid.shape[1])),
+        jnp.broadcast_to(length[:, None].astype(jnp.float32), (batch, grid.shape[1])),
         *(jnp.broadcast_to(axis, (batch, grid.shape[1])) for axis in grid),
     ]
-    text = [jnp.arange(num_tokens) * mask, jnp.zeros_like(mask), jnp.zeros_like(mask)]
+    nowhere = jnp.zeros(text_place.shape, jnp.float32)
+    text = [text_place.astype(jnp.float32), nowhere, nowhere]
     angles = []
     for width, of_image, of_text in zip(rope_widths(config.head_dim), image, text, strict=True):
         frequency = config.rope_theta ** -(np.arange(0, width, 2) / width)
@@ -113,21 +121,44 @@ def rotate(x: jax.Array, by: Rotation) -> jax.Array:
     return (pair * cos + turned * sin).reshape(x.shape).astype(x.dtype)
 
 
-def rms_norm(width: int, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    """An RMSNorm with a learned scale, computed in float32."""
-    return nnx.RMSNorm(width, epsilon=1e-6, rngs=rngs)
+class RMSNorm(nnx.RMSNorm):
+    """A norm with a learned scale, both computed in float32 whatever the type of the input."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
+        """Normalise the last axis of ``x``."""
+        normal: jax.Array = super().__call__(x).astype(x.dtype)
+        return normal
 
 
-def xavier_linear(width_in: int, width_out: int, rngs: nnx.Rngs) -> nnx.Linear:
+def rms_norm(width: int, rngs: nnx.Rngs) -> RMSNorm:
+    """A norm of this width, as all of i1's are."""
+    return RMSNorm(width, epsilon=1e-6, dtype="float32", rngs=rngs)
+
+
+class Linear(nnx.Linear):
+    """A linear layer with bias, of whose output each sample stays where it was in the input."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
+        """Map (B, …, width_in) to (B, …, width_out)."""
+        return keep_rows(super().__call__(x))
+
+
+def linear(config: ModelConfig, width_in: int, width_out: int, rngs: nnx.Rngs) -> Linear:
+    """A linear layer whose weights begin as LeCun's truncated normal."""
+    return Linear(width_in, width_out, dtype=config.dtype, rngs=rngs)
+
+
+def xavier_linear(config: ModelConfig, width_in: int, width_out: int, rngs: nnx.Rngs) -> Linear:
     """A linear layer with Xavier-uniform weights (the adapter's input and the skips)."""
-    return nnx.Linear(width_in, width_out, kernel_init=nnx.initializers.xavier_uniform(), rngs=rngs)
+    xavier = nnx.initializers.xavier_uniform()
+    return Linear(width_in, width_out, kernel_init=xavier, dtype=config.dtype, rngs=rngs)
 
 
-def split_qkv(qkv: jax.Array, num_heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Split (B, S, 3 * D) into queries, keys and values, each (B, S, heads, head_dim)."""
-    batch, length, width = qkv.shape
-    q, k, v = jnp.moveaxis(qkv.reshape(batch, length, 3, num_heads, width // 3 // num_heads), 2, 0)
-    return q, k, v
+def split_heads(x: jax.Array, parts: int, num_heads: int) -> jax.Array:
+    """Split (B, S, parts * D), queries, keys and values, to (parts, B, S, heads, D / heads)."""
+    batch, length, width = x.shape
+    shape = (batch, length, parts, num_heads, width // parts // num_heads)
+    return jnp.moveaxis(x.reshape(shape), 2, 0)
 
 
 class SwiGLU(nnx.Module):
@@ -135,8 +166,8 @@ class SwiGLU(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         width = int(2 / 3 * int(config.mlp_ratio * config.hidden_size))
-        self.w12 = nnx.Linear(config.hidden_size, 2 * width, rngs=rngs)
-        self.w3 = nnx.Linear(width, config.hidden_size, rngs=rngs)
+        self.w12 = linear(config, config.hidden_size, 2 * width, rngs)
+        self.w3 = linear(config, width, config.hidden_size, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map (B, S, D) to (B, S, D)."""
@@ -149,16 +180,15 @@ class SelfAttention(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.num_heads = config.num_heads
-        self.qkv = nnx.Linear(config.hidden_size, 3 * config.hidden_size, rngs=rngs)
+        self.qkv = linear(config, config.hidden_size, 3 * config.hidden_size, rngs)
         self.q_norm = rms_norm(config.head_dim, rngs)
         self.k_norm = rms_norm(config.head_dim, rngs)
-        self.proj = nnx.Linear(config.hidden_size, config.hidden_size, rngs=rngs)
+        self.proj = linear(config, config.hidden_size, config.hidden_size, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Attend over all T tokens, (B, T, D) to (B, T, D)."""
-        q, k, v = split_qkv(self.qkv(x), self.num_heads)
-        out = jax.nn.dot_product_attention(self.q_norm(q), self.k_norm(k), v)
-        return self.proj(out.reshape(x.shape))
+        q, k, v = split_heads(self.qkv(x), 3, self.num_heads)
+        return self.proj(attend(self.q_norm(q), self.k_norm(k), v).reshape(x.shape))
 
 
 def null_caption(config: ModelConfig, rngs: nnx.Rngs) -> nnx.Param[jax.Array]:
@@ -175,7 +205,7 @@ class TextEncoderAdapter(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.learnable_null_caption = null_caption(config, rngs)
-        self.connector_in = xavier_linear(config.text_embed_dim, config.hidden_size, rngs)
+        self.connector_in = xavier_linear(config, config.text_embed_dim, config.hidden_size, rngs)
         self.connector_norm1 = rms_norm(config.hidden_size, rngs)
         self.connector_norm2 = rms_norm(config.hidden_size, rngs)
         self.connector_attn = SelfAttention(config, rngs)
@@ -187,7 +217,7 @@ class TextEncoderAdapter(nnx.Module):
 
     def __call__(self, caption: jax.Array, dropped: jax.Array) -> jax.Array:
         """Map (B, T, text_embed_dim) to (B, T, D); ``dropped`` is (B,) bool."""
-        null = self.learnable_null_caption[...]
+        null = self.learnable_null_caption[...].astype(caption.dtype)
         x = self.connector_in(jnp.where(dropped[:, None, None], null, caption))
         x += self.connector_attn(self.connector_norm1(x))
         x += self.connector_mlp(self.connector_norm2(x))
@@ -195,42 +225,68 @@ class TextEncoderAdapter(nnx.Module):
         return x + self.connector_mlp2(self.connector_norm4(x))
 
 
+class Surroundings(NamedTuple):
+    """What every block sees beside its tokens.
+
+    ``valid`` (B, T, 1) is 1 where there is text and 0 behind it, ``num_keys`` (B,) the number of
+    image and valid text tokens, ``positions`` RoPE's rotation of [image, text].
+    """
+
+    valid: jax.Array
+    num_keys: jax.Array
+    positions: Rotation
+
+
 class JointAttention(nnx.Module):
     """One attention over image and text; each stream has its own projections.
 
-    Masked text is no key, and its own output is zero.
+    Text behind a sample's own is no key, and its own output is zero.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         width = config.hidden_size
         self.num_heads = config.num_heads
-        self.qkv_image = nnx.Linear(width, 3 * width, rngs=rngs)
-        self.qkv_text = nnx.Linear(width, 3 * width, rngs=rngs)
+        self.qkv_image = linear(config, width, 3 * width, rngs)
+        self.qkv_text = linear(config, width, 3 * width, rngs)
         self.q_norm = rms_norm(config.head_dim, rngs)
         self.k_norm = rms_norm(config.head_dim, rngs)
-        self.proj_image = nnx.Linear(width, width, rngs=rngs)
-        self.proj_text = nnx.Linear(width, width, rngs=rngs)
+        self.proj_image = linear(config, width, width, rngs)
+        self.proj_text = linear(config, width, width, rngs)
 
     def __call__(
-        self, image: jax.Array, text: jax.Array, mask: jax.Array, positions: Rotation
+        self, image: jax.Array, text: jax.Array, around: Surroundings
     ) -> tuple[jax.Array, jax.Array]:
         """Return what attention adds to image (B, N, D) and to text (B, T, D)."""
-        num_image = image.shape[1]
-        streams = (
-            split_qkv(self.qkv_image(image), self.num_heads),
-            split_qkv(self.qkv_text(text), self.num_heads),
-        )
-        q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(*streams, strict=True))
-        valid = jnp.concatenate([jnp.ones(image.shape[:2], bool), mask.astype(bool)], axis=1)
-        out = jax.nn.dot_product_attention(
-            rotate(self.q_norm(q), positions),
-            rotate(self.k_norm(k), positions),
-            v,
-            mask=valid[:, None, None, :],
-        )
-        out = out.reshape(*out.shape[:2], -1)
-        of_text = out[:, num_image:] * mask[..., None]
-        return self.proj_image(out[:, :num_image]), self.proj_text(of_text)
+        of_image = split_heads(self.qkv_image(image), 3, self.num_heads)
+        of_text = split_heads(self.qkv_text(text), 3, self.num_heads)
+        q, k, v = jnp.concatenate([of_image, of_text], axis=2)
+        q, k = rotate(self.q_norm(q), around.positions), rotate(self.k_norm(k), around.positions)
+        out = attend(q, k, v, around.num_keys)
+        out_image, out_text = jnp.split(out.reshape(*out.shape[:2], -1), [image.shape[1]], axis=1)
+        return self.proj_image(out_image), self.proj_text(out_text * around.valid)
+
+
+class ReadingAttention(nnx.Module):
+    """The last block's attention: image tokens look at both streams, text is only looked at."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        width = config.hidden_size
+        self.num_heads = config.num_heads
+        self.qkv_image = linear(config, width, 3 * width, rngs)
+        self.kv_text = linear(config, width, 2 * width, rngs)
+        self.q_norm = rms_norm(config.head_dim, rngs)
+        self.k_norm = rms_norm(config.head_dim, rngs)
+        self.proj_image = linear(config, width, width, rngs)
+
+    def __call__(self, image: jax.Array, text: jax.Array, around: Surroundings) -> jax.Array:
+        """Return what attention adds to image (B, N, D)."""
+        q, *of_image = split_heads(self.qkv_image(image), 3, self.num_heads)
+        of_text = split_heads(self.kv_text(text), 2, self.num_heads)
+        k, v = jnp.concatenate([jnp.stack(of_image), of_text], axis=2)
+        cos, sin = around.positions
+        q = rotate(self.q_norm(q), (cos[:, : image.shape[1]], sin[:, : image.shape[1]]))
+        out = attend(q, rotate(self.k_norm(k), around.positions), v, around.num_keys)
+        return self.proj_image(out.reshape(image.shape))
 
 
 class DualStreamBlock(nnx.Module):
@@ -245,34 +301,63 @@ class DualStreamBlock(nnx.Module):
         self.mlp_image = SwiGLU(config, rngs)
         self.mlp_text = SwiGLU(config, rngs)
 
-    def __call__(
-        self, image: jax.Array, text: jax.Array, mask: jax.Array, positions: Rotation
-    ) -> tuple[jax.Array, jax.Array]:
-        """Return both streams after the block; masked text (B, T) leaves it as zeros."""
-        from_image, from_text = self.attn(self.norm1(image), self.norm1(text), mask, positions)
+    def __call__(self, streams: Streams, around: Surroundings) -> Streams:
+        """Return both streams after the block; text behind a sample's own leaves it as zeros."""
+        image, text = streams
+        from_image, from_text = self.attn(self.norm1(image), self.norm1(text), around)
         image += self.norm3(from_image)
         text += self.norm3(from_text)
         image += self.norm4(self.mlp_image(self.norm2(image)))
         text += self.norm4(self.mlp_text(self.norm2(text)))
-        return image, text * mask[..., None]
+        return image, text * around.valid
 
 
-class SkipBlock(DualStreamBlock):
-    """A block on the way out: it first merges the output of its counterpart on the way in."""
+class SkipMerge(nnx.Module):
+    """What every block on the way out begins with: it takes in its counterpart's output."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        width = config.hidden_size
+        self.skip_linear_image = xavier_linear(config, 2 * width, width, rngs)
+        self.skip_linear_text = xavier_linear(config, 2 * width, width, rngs)
+
+    def merge(self, streams: Streams, skip: Streams) -> Streams:
+        """Mix both streams with those that left the block's counterpart on the way in."""
+        image, text = (
+            jnp.concatenate([stream, other], axis=-1)
+            for stream, other in zip(streams, skip, strict=True)
+        )
+        return self.skip_linear_image(image), self.skip_linear_text(text)
+
+
+class SkipBlock(SkipMerge, DualStreamBlock):
+    """A block on the way out."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        SkipMerge.__init__(self, config, rngs)
+        DualStreamBlock.__init__(self, config, rngs)
+
+
+class LastBlock(SkipMerge):
+    """The block before the final layer: as its text goes nowhere, it computes the image alone.
+
+    i1's checkpoints have weights for the rest of the text's way, which nothing reads.
+    """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         super().__init__(config, rngs)
-        self.skip_linear_image = xavier_linear(2 * config.hidden_size, config.hidden_size, rngs)
-        self.skip_linear_text = xavier_linear(2 * config.hidden_size, config.hidden_size, rngs)
+        self.norm1 = rms_norm(config.hidden_size, rngs)
+        self.norm2 = rms_norm(config.hidden_size, rngs)
+        self.norm3 = rms_norm(config.hidden_size, rngs)
+        self.norm4 = rms_norm(config.hidden_size, rngs)
+        self.attn = ReadingAttention(config, rngs)
+        self.mlp_image = SwiGLU(config, rngs)
 
-    def merge(
-        self, image: jax.Array, text: jax.Array, skip: tuple[jax.Array, jax.Array]
-    ) -> tuple[jax.Array, jax.Array]:
-        """Mix both streams with those of the block's counterpart."""
-        return (
-            self.skip_linear_image(jnp.concatenate([image, skip[0]], axis=-1)),
-            self.skip_linear_text(jnp.concatenate([text, skip[1]], axis=-1)),
-        )
+    def __call__(self, streams: Streams, around: Surroundings) -> jax.Array:
+        """Return the image (B, N, D) after the block."""
+        image, text = streams
+        image += self.norm3(self.attn(self.norm1(image), self.norm1(text), around))
+        after: jax.Array = image + self.norm4(self.mlp_image(self.norm2(image)))
+        return after
 
 
 class PatchEmbedder(nnx.Module):
@@ -280,11 +365,13 @@ class PatchEmbedder(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         patch = (config.patch_size, config.patch_size)
-        self.proj = nnx.Conv(config.in_channels, config.hidden_size, patch, patch, rngs=rngs)
+        self.proj = nnx.Conv(
+            config.in_channels, config.hidden_size, patch, patch, dtype=config.dtype, rngs=rngs
+        )
 
     def __call__(self, latents: jax.Array) -> jax.Array:
         """Cut (B, H, W, C) into patches and embed each."""
-        tokens = self.proj(latents)
+        tokens = keep_rows(self.proj(latents))
         return tokens.reshape(tokens.shape[0], -1, tokens.shape[-1])
 
 
@@ -295,7 +382,7 @@ class FinalLayer(nnx.Module):
         self.config = config
         self.norm_final = rms_norm(config.hidden_size, rngs)
         width_out = config.patch_size**2 * config.in_channels
-        self.linear = nnx.Linear(config.hidden_size, width_out, rngs=rngs)
+        self.linear = linear(config, config.hidden_size, width_out, rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Normalise the tokens and return (B, H, W, C)."""
@@ -311,16 +398,21 @@ class FinalLayer(nnx.Module):
 
 
 class DualStreamDiT(nnx.Module):
-    """The whole network: noisy latents and a caption to a velocity."""
+    """The whole network: noisy latents and a caption to a velocity.
+
+    Blocks of one kind are one module whose weights have a leading axis, so that they are compiled
+    once. The last two are alone: the middle one has no counterpart, the last one a smaller shape.
+    """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
         self.x_embedder = PatchEmbedder(config, rngs)
         self.text_encoder_adapter = TextEncoderAdapter(config, rngs)
-        half = range(config.depth // 2)
-        self.in_blocks = nnx.List([DualStreamBlock(config, rngs) for _ in half])
+        half = config.depth // 2
+        self.in_blocks = stacked(DualStreamBlock, half, config, rngs)
         self.mid_block = DualStreamBlock(config, rngs)
-        self.out_blocks = nnx.List([SkipBlock(config, rngs) for _ in half])
+        self.out_blocks = stacked(SkipBlock, half - 1, config, rngs) if half > 1 else None
+        self.last_block = LastBlock(config, rngs)
         self.final_layer = FinalLayer(config, rngs)
 
     def __call__(
@@ -329,58 +421,70 @@ class DualStreamDiT(nnx.Module):
         caption: jax.Array,
         mask: jax.Array,
         dropped: jax.Array,
-        t: jax.Array | None = None,
+        t: jax.Array,
+        *,
+        rematerialise: Rematerialise,
+        text_length: int | None,
     ) -> jax.Array:
-        """Predict the velocity of ``latents``.
-
-        Args:
-            latents: (B, H, W, C) float32, H = W = ``input_size``.
-            caption: (B, T, text_embed_dim) float32, from the text encoder.
-            mask: (B, T), 1 where there is text; the text is at the front.
-            dropped: (B,) bool, True where the null caption replaces the caption.
-            t: the time of the latents, which this network does not look at.
-
-        Returns:
-            (B, H, W, C) float32, the velocity from noise to data.
-        """
-        mask = mask.astype(latents.dtype)
-        positions = rotation(self.config, mask)
+        """Predict the velocity of ``latents``; see :func:`velocity_fn`."""
         image = self.x_embedder(latents)
         image += position_table(self.config).astype(image.dtype)
         text = self.text_encoder_adapter(caption, dropped)
-        skips = []
-        for block in self.in_blocks:
-            image, text = block(image, text, mask, positions)
-            skips.append((image, text))
-        image, text = self.mid_block(image, text, mask, positions)
-        for block in self.out_blocks:
-            image, text = block.merge(image, text, skips.pop())
-            image, text = block(image, text, mask, positions)
+        text, around = place_text(self.config, text, mask, text_length)
+
+        def way_in(streams: Streams, block: DualStreamBlock) -> tuple[Streams, Streams]:
+            streams = block(streams, around)
+            return streams, streams
+
+        def way_out(streams: Streams, block: SkipBlock, skip: Streams) -> tuple[Streams, None]:
+            return block(block.merge(streams, skip), around), None
+
+        def middle(streams: Streams) -> Streams:
+            return self.mid_block(streams, around)
+
+        def last(streams: Streams, skip: Streams) -> jax.Array:
+            return self.last_block(self.last_block.merge(streams, skip), around)
+
+        streams, skips = scan_blocks(way_in, (image, text), self.in_blocks, (), rematerialise)
+        streams = recomputed(middle, rematerialise)(streams)
+        first_skip = jax.tree.map(lambda x: x[0], skips)
+        if self.out_blocks is not None:
+            # Last in, first out.
+            others = jax.tree.map(lambda x: x[:0:-1], skips)
+            streams, _ = scan_blocks(way_out, streams, self.out_blocks, (others,), rematerialise)
+        image = recomputed(last, rematerialise)(streams, first_skip)
         return self.final_layer(image)
+
+
+def place_text(
+    config: ModelConfig, text: jax.Array, mask: jax.Array, text_length: int | None
+) -> tuple[jax.Array, Surroundings]:
+    """Bring each sample's valid text to the front, cut to ``text_length``; see it in its place.
+
+    ``text`` is (B, T, D), ``mask`` (B, T): some tokenizers pad at the left. Positions are those
+    that the tokens had.
+    """
+    mask = mask.astype(bool)
+    place = jnp.argsort(~mask, axis=1, stable=True)[:, :text_length]
+
+    def take(tokens: jax.Array, place: jax.Array) -> jax.Array:
+        # None twice: else XLA would add up gradients at each place, one after the other.
+        return tokens.at[place].get(unique_indices=True, mode="promise_in_bounds")
+
+    text = jax.vmap(take)(text, place)
+    length = mask.sum(axis=1, dtype=jnp.int32)
+    valid = jnp.arange(text.shape[1]) < length[:, None]
+    positions = rotation(config, place * valid, length)
+    num_keys = config.grid_size**2 + length
+    return text, Surroundings(valid[..., None].astype(text.dtype), num_keys, positions)
 
 
 # The weights, a nested dict of float32 arrays whose keys are the modules' names.
 Params = dict[str, Any]
 
-
-class Velocity(Protocol):
-    """A network as a pure function.
-
-    ``t`` (B,) float32 is the time of the latents; a network that does not see it needs none.
-    """
-
-    def __call__(
-        self,
-        params: Params,
-        latents: ArrayLike,
-        caption: ArrayLike,
-        mask: ArrayLike,
-        dropped: ArrayLike,
-        t: ArrayLike | None = None,
-        /,
-    ) -> jax.Array:
-        """Return the velocity (B, H, W, C) of ``latents``."""
-        ...
+# A network as a pure function: (params, latents, caption, mask, dropped, t) to the velocity
+# (B, H, W, C). ``t`` (B,) float32 is the time of the latents, which not every network looks at.
+Velocity = Callable[[Params, ArrayLike, ArrayLike, ArrayLike, ArrayLike, ArrayLike], jax.Array]
 
 
 def init_params(config: ModelConfig, seed: int) -> Params:
@@ -391,13 +495,40 @@ def init_params(config: ModelConfig, seed: int) -> Params:
 
 def abstract_params(config: ModelConfig) -> Params:
     """Return the shapes and dtypes of the weights without drawing them."""
-    shapes: Params = jax.eval_shape(lambda: init_params(config, 0))
+    _, shapes = _structure(config)
     return shapes
 
 
-def velocity_fn(config: ModelConfig) -> Velocity:
-    """Return the network as a pure function of (params, latents, caption, mask, dropped, t)."""
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: config.network(nnx.Rngs(0))))
+@lru_cache
+def _structure(config: ModelConfig) -> tuple[Any, Params]:
+    """Return the network without its weights, and their shapes; it takes a second to trace."""
+    graphdef, weights = nnx.split(nnx.eval_shape(lambda: config.network(nnx.Rngs(0))), nnx.Param)
+
+    def plain(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        # Where a mesh is set, flax puts it in.
+        return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+    return graphdef, jax.tree.map(plain, nnx.to_pure_dict(weights))
+
+
+def velocity_fn(
+    config: ModelConfig, *, rematerialise: Rematerialise = "none", text_length: int | None = None
+) -> Velocity:
+    """Return the network as a pure function.
+
+    Its arguments are the weights; latents (B, H, W, C), H = W = ``input_size``; caption
+    (B, T, text_embed_dim), the text encoder's states; mask (B, T), 1 where there is text; dropped
+    (B,) bool, True where the learned null caption replaces the caption; and t (B,), the time. It
+    returns the velocity from noise to data, (B, H, W, C) float32. Latents and caption are taken in
+    ``config.dtype``.
+
+    Args:
+        config: the network's shape.
+        rematerialise: what of each block the backward pass computes again.
+        text_length: how many tokens are kept behind the adapter, whose attention sees all of them;
+            no fewer than the longest text has, and the velocity is the same. None keeps all.
+    """
+    graphdef, _ = _structure(config)
 
     def velocity(
         params: Params,
@@ -405,11 +536,19 @@ def velocity_fn(config: ModelConfig) -> Velocity:
         caption: ArrayLike,
         mask: ArrayLike,
         dropped: ArrayLike,
-        t: ArrayLike | None = None,
-        /,
+        t: ArrayLike,
     ) -> jax.Array:
-        inputs = map(jnp.asarray, (latents, caption, mask, dropped))
-        out: jax.Array = nnx.merge(graphdef, params)(*inputs, t)
-        return out
+        latents, caption = (jnp.asarray(x, config.dtype) for x in (latents, caption))
+        mask, dropped, t = map(jnp.asarray, (mask, dropped, t))
+        out: jax.Array = nnx.merge(graphdef, params)(
+            latents,
+            caption,
+            mask,
+            dropped,
+            t,
+            rematerialise=rematerialise,
+            text_length=text_length,
+        )
+        return out.astype(jnp.float32)
 
     return velocity

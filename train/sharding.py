@@ -21,6 +21,9 @@ from pipeline.errors import EvenmixError
 
 Tree = TypeVar("Tree")
 
+# Seconds at scale; who is told to stop has often half a minute.
+ASK_EVERY_STEPS = 5
+
 
 def start_processes(coordinator: str, num_processes: int | None, process_id: int | None) -> None:
     """Join the other processes of the run, before anything else is asked of JAX.
@@ -36,7 +39,10 @@ def start_processes(coordinator: str, num_processes: int | None, process_id: int
         if coordinator == "auto":
             jax.distributed.initialize()
         else:
-            jax.distributed.initialize(coordinator, num_processes, process_id)
+            # If JAX saw that Slurm or Open MPI is there too, it would give each process one device.
+            jax.distributed.initialize(
+                coordinator, num_processes, process_id, cluster_detection_method="deactivate"
+            )
     except (RuntimeError, ValueError) as error:
         raise EvenmixError(
             f"the processes of the run do not come together: {error}; give each process the same "
@@ -115,6 +121,19 @@ def cut(tensors: Tree, shardings: Tree) -> Tree:
     return placed
 
 
+def keep_rows(x: jax.Array) -> jax.Array:
+    """Say to XLA that each sample of ``x`` (B, …) stays where it is; without a mesh it does anyway.
+
+    Otherwise it might cut activations like the weights that they are multiplied by, instead of
+    gathering the weights.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or x.shape[0] % mesh.size:
+        return x
+    kept: jax.Array = jax.lax.with_sharding_constraint(x, PartitionSpec(("data", "fsdp")))
+    return kept
+
+
 def share_rows(mesh: Mesh, *rows: np.ndarray) -> list[jax.Array]:
     """Put the arrays of a batch together, of which each process gives its own rows.
 
@@ -124,12 +143,44 @@ def share_rows(mesh: Mesh, *rows: np.ndarray) -> list[jax.Array]:
     return [jax.make_array_from_process_local_data(by_rows, of_process) for of_process in rows]
 
 
-def stop_asked(stop: threading.Event, at_log: bool) -> bool:
+def split_rows(mesh: Mesh, rows: Tree, parts: int) -> Tree:
+    """Cut arrays of a batch, each (B, …), into parts: (parts, B / parts, …).
+
+    Part i has the rows i, i + parts, …, so that each device has its share of every part and no row
+    moves to another. The number of devices times ``parts`` divides B.
+    """
+    by_rows = NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp")))
+
+    def split(x: jax.Array) -> jax.Array:
+        part_of_each_device = x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+        placed: jax.Array = jax.lax.with_sharding_constraint(part_of_each_device, by_rows)
+        return placed
+
+    in_parts: Tree = jax.tree.map(split, rows)
+    return in_parts
+
+
+def join_rows(mesh: Mesh, parts: Tree) -> Tree:
+    """Undo :func:`split_rows`."""
+    by_rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+    def join(x: jax.Array) -> jax.Array:
+        joined = x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+        placed: jax.Array = jax.lax.with_sharding_constraint(joined, by_rows)
+        return placed
+
+    whole: Tree = jax.tree.map(join, parts)
+    return whole
+
+
+def stop_asked(stop: threading.Event, step: int) -> bool:
     """Return whether to stop after this step: the same answer in all processes.
 
-    Several processes ask one another only ``at_log``, where they wait for the devices anyway: a
-    signal reaches each at another step, or only one of them.
+    A signal reaches each process at another step, or only one of them, so several ask one another.
+    As they wait for the devices then, they do so only every ASK_EVERY_STEPS steps.
     """
     if jax.process_count() == 1:
         return stop.is_set()
-    return at_log and bool(multihost_utils.process_allgather(np.array(stop.is_set())).any())
+    if step % ASK_EVERY_STEPS:
+        return False
+    return bool(multihost_utils.process_allgather(np.array(stop.is_set())).any())

@@ -1,0 +1,71 @@
+"""How much memory a step needs on each device, known before the first one: what XLA has planned."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from pipeline.errors import EvenmixError
+from train.frozen import FrozenEncoders
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes on the device that has most.
+
+    ``state`` is what the step is given (weights, average, optimiser, and its batch), ``encoders``
+    the weights of the frozen ones, ``work`` what it needs besides while it runs. The encoders' own
+    work, which is done before it, is not counted. ``available`` is what a device has,
+    None where it does not tell.
+    """
+
+    state: int
+    encoders: int
+    work: int
+    available: int | None
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.state + self.encoders + self.work
+
+    def __str__(self) -> str:
+        parts = ", ".join(
+            f"{name} {_size(getattr(self, name))}" for name in ("state", "encoders", "work")
+        )
+        of = "" if self.available is None else f" of {_size(self.available)}"
+        return f"{_size(self.total)}{of} a device ({parts})"
+
+
+def step_memory(compiled: Any, encoders: FrozenEncoders) -> StepMemory:
+    """Return what a compiled step needs beside its encoders.
+
+    Raises:
+        EvenmixError: that is more than there is.
+    """
+    planned = compiled.memory_analysis()
+    # New weights are written over the old ones: those are the aliases.
+    work = planned.temp_size_in_bytes + planned.output_size_in_bytes - planned.alias_size_in_bytes
+    device = jax.local_devices()[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    memory = StepMemory(planned.argument_size_in_bytes, encoders.bytes_per_device, work, limit)
+    check_memory(memory)
+    return memory
+
+
+def check_memory(memory: StepMemory) -> None:
+    """Check that a device has what a step needs, where it tells.
+
+    Raises:
+        EvenmixError: it has less.
+    """
+    if memory.available is not None and memory.total > memory.available:
+        raise EvenmixError(
+            f'a step needs {memory}: set `rematerialise` to "full", `accumulate` to more parts, '
+            "`mesh.fsdp` to more devices, or lower `batch_size`; on a GPU, JAX takes three "
+            "quarters of the memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says more, such as 0.95"
+        )
+
+
+def _size(number: int) -> str:
+    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
