@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 
 from pipeline.errors import EvenmixError
 from tests.eight_devices import on_eight_devices
+from train import memory as memory_module
 from train import step as step_module
 from train.config import TrainConfig
 from train.frozen import FrozenEncoders
@@ -192,6 +193,19 @@ def test_a_step_that_needs_more_than_there_is_is_refused() -> None:
     )
     with pytest.raises(EvenmixError, match=f"{told}: set `rematerialise`"):
         check_memory(replace(memory, available=(9 << 29) - (100 << 20)))
+
+
+def test_a_state_for_which_there_is_no_room_is_refused_before_it_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mesh = make_mesh(1, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(step_on(mesh).like))
+        monkeypatch.setattr(memory_module, "available_memory", lambda: state)
+        step_on(mesh)
+        monkeypatch.setattr(memory_module, "available_memory", lambda: state - 1)
+        with pytest.raises(EvenmixError, match=r"needs .* for the state and the encoders alone"):
+            step_on(mesh)
 
 
 # So deep and wide that weights are most of what a step of it has in memory.

@@ -1,5 +1,9 @@
-"""How much memory a step needs on each device, known before the first one: what XLA has planned."""
+"""How much memory a step needs on each device, known before the first one.
 
+Of the state it is known before anything is computed, of the step itself when XLA has planned it.
+"""
+
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,25 +50,55 @@ def step_memory(compiled: Any, encoders: FrozenEncoders) -> StepMemory:
     planned = compiled.memory_analysis()
     # New weights are written over the old ones: those are the aliases.
     work = planned.temp_size_in_bytes + planned.output_size_in_bytes - planned.alias_size_in_bytes
-    device = jax.local_devices()[0]
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    memory = StepMemory(planned.argument_size_in_bytes, encoders.bytes_per_device, work, limit)
+    memory = StepMemory(
+        planned.argument_size_in_bytes, encoders.bytes_per_device, work, available_memory()
+    )
     check_memory(memory)
     return memory
+
+
+def check_state(placed: Any, encoders: FrozenEncoders) -> None:
+    """Check that a device has room for the state, given as placed shapes, and its encoders.
+
+    Raises:
+        EvenmixError: it has less, whatever a step needs besides.
+    """
+    state = sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(placed)
+    )
+    check_memory(StepMemory(state, encoders.bytes_per_device, 0, available_memory()))
+
+
+def available_memory() -> int | None:
+    """Return the bytes that JAX may take of a device, None where it does not tell."""
+    limit: int | None = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    return limit
 
 
 def check_memory(memory: StepMemory) -> None:
     """Check that a device has what a step needs, where it tells.
 
     Raises:
-        EvenmixError: it has less.
+        EvenmixError: it has less; the message has what helps.
     """
-    if memory.available is not None and memory.total > memory.available:
-        raise EvenmixError(
-            f'a step needs {memory}: set `rematerialise` to "full", `accumulate` to more parts, '
-            "`mesh.fsdp` to more devices, or lower `batch_size`; on a GPU, JAX takes three "
-            "quarters of the memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says more, such as 0.95"
+    if memory.available is None or memory.total <= memory.available:
+        return
+    kept = memory.state + memory.encoders
+    if kept > memory.available:
+        room = f"{_size(kept)} of {_size(memory.available)}"
+        needs = f"{room} a device for the state and the encoders alone"
+        remedies = "set `mesh.fsdp` to more devices"
+    else:
+        needs = str(memory)
+        remedies = (
+            'set `rematerialise` to "full", `accumulate` to more parts, `mesh.fsdp` to more '
+            "devices, or lower `batch_size`"
         )
+    raise EvenmixError(
+        f"a step needs {needs}: {remedies}; on a GPU, JAX takes three quarters of the memory "
+        "unless XLA_PYTHON_CLIENT_MEM_FRACTION says more, such as 0.95"
+    )
 
 
 def _size(number: int) -> str:

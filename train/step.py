@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from train.config import TrainConfig
 from train.flow import Draws, draw, losses, posterior_keys
 from train.frozen import FrozenEncoders
-from train.memory import StepMemory, step_memory
+from train.memory import StepMemory, check_state, step_memory
 from train.model import Params, abstract_params, init_params, velocity_fn
 from train.optimiser import make_optimiser, update_ema
 from train.sharding import keep_rows, place_state, shardings_of, share_rows, split_rows
@@ -42,7 +42,11 @@ class Inputs:
 
 
 class TrainingStep:
-    """The step of a configuration, on the mesh of its encoders; :meth:`compile` it first."""
+    """The step of a configuration, on the mesh of its encoders; :meth:`compile` it first.
+
+    Raises:
+        EvenmixError: the devices have no room for the state.
+    """
 
     def __init__(self, config: TrainConfig, encoders: FrozenEncoders):
         self.model = config.model_config_for(encoders.codec)
@@ -50,6 +54,7 @@ class TrainingStep:
         self._optimiser = make_optimiser(config.optimiser)
         shapes = jax.eval_shape(self._begin, abstract_params(self.model))
         self.like: Weights = place_state(self._mesh, shapes)
+        check_state(self.like, encoders)
         shardings = shardings_of(self.like)
         self._by_rows = NamedSharding(self._mesh, PartitionSpec(("data", "fsdp")))
         self._update = jax.jit(
