@@ -111,6 +111,7 @@ def test_all_mistakes_are_told_at_once_with_suggestions(tmp_path: Path) -> None:
         ({"model": {"hidden_size": 16, "depth": 1, "num_heads": 2}}, "than or equal to 3"),
         ({"model": {"hidden_size": 16, "depth": 3, "num_heads": 3}}, "num_heads times a multiple"),
         ({"resolution": 10}, "resolution 10 is no multiple"),
+        ({"keep_every_steps": 1500}, "must be a multiple of checkpoint_every_steps, 1000"),
         ({"output": "gs://bucket/run"}, "output must be a local folder"),
         ({"text": TEXT | {"trim_to": [2, 2]}}, "trim_to must be increasing"),
         ({"text": TEXT | {"trim_to": [0, 2]}}, "each length above 0"),

@@ -118,8 +118,8 @@ def test_a_run_is_shown_as_lines_samples_and_in_tensorboard(mixture: str, tmp_pa
         assert line["images_per_s"] > 0
         assert 0 <= line["data_wait_share"] <= 1
 
-    (validation,) = read_lines(output / "validation.jsonl")
-    assert validation["step"] == 4
+    at_first, validation = read_lines(output / "validation.jsonl")
+    assert (at_first["step"], validation["step"]) == (0, 4)
     assert evaluations is not None
     assert validation["datasets"].keys() == evaluations.keys() == {"a", "b", "all"}
     for name, shown in validation["datasets"].items():
@@ -144,7 +144,8 @@ def test_a_run_is_shown_as_lines_samples_and_in_tensorboard(mixture: str, tmp_pa
         assert scalars[4, f"validation/{name}/loss"] == np.float32(shown["loss"])
         by_time = scalars[4, f"validation/{name}/loss_at_0.42"]
         assert by_time == np.float32(shown["loss_at_time"]["0.42"])
-    ((step, tag, image),) = images
+    (first_step, _, _), (step, tag, image) = images
+    assert first_step == 0
     with Image.open(output / "samples/0000004.png") as grid:
         assert (step, tag, image.width, image.height) == (4, "samples", *grid.size)
         # Two tiles of 8 px, magnified to 128 px, and the margins.
@@ -190,7 +191,7 @@ def test_a_line_has_means_sums_and_the_share_of_the_peak(
 def test_only_what_the_device_waits_for_counts_as_waiting(tmp_path: Path) -> None:
     @jax.jit
     def busy(x: jax.Array) -> jax.Array:
-        result: jax.Array = jax.lax.fori_loop(0, 60, lambda _, y: jnp.tanh(y @ x), x)
+        result: jax.Array = jax.lax.fori_loop(0, 200, lambda _, y: jnp.tanh(y @ x), x)
         return result.sum()
 
     x = jnp.eye(700)
@@ -199,7 +200,7 @@ def test_only_what_the_device_waits_for_counts_as_waiting(tmp_path: Path) -> Non
 
     def wait(loss: jax.Array) -> None:
         asked_s = time.monotonic()
-        time.sleep(0.02)
+        time.sleep(0.1)
         add_step(log, loss, asked_s=asked_s, got_s=time.monotonic())
 
     idle = jnp.float32(1)
@@ -219,6 +220,7 @@ def test_only_what_the_device_waits_for_counts_as_waiting(tmp_path: Path) -> Non
 def test_a_resumed_run_forgets_what_is_done_again(tmp_path: Path) -> None:
     for from_step, steps in ((0, (2, 4)), (2, (4,))):
         log = RunLog(configuration("mixture", tmp_path), from_step, None)
+        log.write_evaluation(from_step, {})
         for step in steps:
             add_step(log, jnp.float32(from_step + step), asked_s=0, got_s=0)
             log.write(step)
@@ -228,7 +230,7 @@ def test_a_resumed_run_forgets_what_is_done_again(tmp_path: Path) -> None:
         (2, 2),
         (4, 6),
     ]
-    assert [line["step"] for line in read_lines(tmp_path / "validation.jsonl")] == [2, 4]
+    assert [line["step"] for line in read_lines(tmp_path / "validation.jsonl")] == [0, 2, 4]
     # TensorBoard leaves out what an earlier session wrote from the step at which a later one began.
     starts = [
         event.step

@@ -247,8 +247,12 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_is_a_clear_error(
         "checkpoints, state = checkpoints_of(config), drawn_state(config, step=2)\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))\n"
-        "try:\n    checkpoints.save(state)\n    checkpoints.close()\n"
+        "checkpoints.save(state)\n"
+        "try:\n    wait_for(checkpoints.check)\n"
         "except EvenmixError as error:\n    print('told:', error)\n"
+        "checkpoints = checkpoints_of(config)\n"
+        "try:\n    checkpoints.save(state)\n    checkpoints.close()\n"
+        "except EvenmixError as error:\n    print('told at the end:', error)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -257,11 +261,12 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_is_a_clear_error(
         text=True,
         check=False,
     )
-    assert f"told: cannot write to {tmp_path}/run/checkpoints: " in done.stdout, done.stderr
+    for told in ("told", "told at the end"):
+        assert f"{told}: cannot write to {tmp_path}/run/checkpoints: " in done.stdout, done.stderr
     assert_equal_states(last_state(config), drawn_state(config, step=1))
 
 
-def wait_for(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+def wait_for(condition: Callable[[], Any], timeout_s: float = 300) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -277,12 +282,17 @@ def test_a_signal_writes_a_checkpoint_and_the_same_command_goes_on(
     def stopped_by(number: signal.Signals, from_step: int) -> int:
         process = evenmix("train", path, cwd=tmp_path)
         log = tmp_path / "run/loss.jsonl"
-        wait_for(lambda: log.exists() and logged_steps(config)[-1:] > [from_step])
+        wait_for(
+            lambda: (
+                process.poll() is not None
+                or (log.exists() and logged_steps(config)[-1:] > [from_step])
+            )
+        )
         process.send_signal(number)
-        printed, _ = process.communicate(timeout=60)
+        printed, _ = process.communicate(timeout=300)
         assert process.returncode == 128 + number, printed
         stopped_at = last_state(config).step
-        assert f"from step {from_step}\n" in printed
+        assert f"from step {from_step} of 1000000\n" in printed
         assert f"stopped after step {stopped_at}; the same command goes on from there" in printed
         return stopped_at
 

@@ -11,7 +11,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import jax
@@ -75,19 +76,40 @@ def test_a_checkpoint_is_restored_on_another_mesh() -> None:
     assert on_eight_devices(save_on_one_mesh_restore_on_another) == "5\n"
 
 
-def start(path: str, output: Path, *, steps: int) -> list[subprocess.Popen[bytes]]:
-    """Start the two processes of a run, as on two machines, with two devices each."""
+@contextmanager
+def started(path: str, *arguments: tuple[object, ...]) -> Iterator[list[subprocess.Popen[str]]]:
+    """Start the processes of a run, as on several machines, with two devices each; end them."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
-    command = [sys.executable, "-m", "pipeline.cli", "train", path, "--output", str(output)]
-    command += ["--steps", str(steps), "--coordinator", coordinator, "--num-processes", "2"]
-    return [
+    command = [sys.executable, "-m", "pipeline.cli", "train", path, "--coordinator", coordinator]
+    processes = [
         subprocess.Popen(
-            [*command, "--process-id", str(number)], cwd=REPOSITORY, env=simulated_devices(2)
+            [*command, f"--num-processes={len(arguments)}", f"--process-id={number}"]
+            + [str(argument) for argument in of_process],
+            cwd=REPOSITORY,
+            env=simulated_devices(2),
+            stderr=subprocess.PIPE,
+            text=True,
         )
-        for number in range(2)
+        for number, of_process in enumerate(arguments)
     ]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def run_to_end(path: str, *arguments: tuple[object, ...]) -> list[tuple[int, str]]:
+    """Return the exit status of each process of a run, and what it wrote about errors."""
+    with started(path, *arguments) as processes:
+        ends = []
+        for process in processes:
+            _, errors = process.communicate(timeout=600)
+            ends.append((process.returncode, errors))
+        return ends
 
 
 def last_state(output: Path, config: TrainConfig) -> TrainState:
@@ -122,27 +144,48 @@ def test_two_processes_of_which_one_is_killed_go_on_to_the_same_bits(tmp_path: P
         samples={"every_steps": 4, "prompts": ["plain red", "striped blue"], "steps": 2},
     )
     path = write_config(config, tmp_path / "train.toml")
-    assert [run.wait(timeout=200) for run in start(path, straight, steps=12)] == [0, 0]
+    in_twelve_steps = ("--output", straight, "--steps", 12)
+    assert [status for status, _ in run_to_end(path, in_twelve_steps, in_twelve_steps)] == [0, 0]
     report = json.loads((straight / "evaluation.json").read_text())
     assert report["datasets"]["a"]["num_samples"] == 8
 
-    first, second = start(path, killed, steps=1_000_000)
-    wait_for((killed / "checkpoints/8").exists, timeout_s=100)
-    second.kill()
-    assert second.wait(timeout=10) == -signal.SIGKILL
-    # It cannot go on alone; JAX would end it too, but only after 100 s.
-    first.kill()
-    assert first.wait(timeout=10) == -signal.SIGKILL
+    without_end = ("--output", killed, "--steps", 1_000_000)
+    with started(path, without_end, without_end) as (first, second):
+        wait_for(
+            lambda: first.poll() is not None or (killed / "checkpoints/8").exists(), timeout_s=600
+        )
+        second.kill()
+        assert second.wait(timeout=10) == -signal.SIGKILL
+        # It cannot go on alone; JAX would end it too, but only after 100 s.
+        first.kill()
+        assert first.wait(timeout=10) == -signal.SIGKILL
     for later in (killed / "checkpoints").iterdir():
         if later.name not in {"4", "8"}:
             shutil.rmtree(later)
-    assert [run.wait(timeout=200) for run in start(path, killed, steps=12)] == [0, 0]
+    to_the_same = ("--output", killed, "--steps", 12)
+    assert [status for status, _ in run_to_end(path, to_the_same, to_the_same)] == [0, 0]
 
     found = last_state(killed, config)
     assert found.step == 12
     assert_equal_states(found, last_state(straight, config))
+    validated = (straight / "validation.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in validated] == [0, 4, 8, 12]
     for name in ("validation.jsonl", "evaluation.json", "samples/0000004.png"):
         assert (killed / name).read_bytes() == (straight / name).read_bytes(), name
     for output in (straight, killed):
         lines = [json.loads(line) for line in (output / "loss.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
+
+
+def test_processes_that_do_not_belong_together_are_told_so(tmp_path: Path) -> None:
+    mixture = write_mixture(tmp_path, {"a": coloured_members("a", 40)})
+    path = write_config(configuration(mixture, tmp_path / "run"), tmp_path / "train.toml")
+    ends = run_to_end(path, (), ("--steps", 299))
+    differ = "error: the processes of the run do not have the same configuration; give each"
+    assert [(status, differ in errors) for status, errors in ends] == [(1, True)] * 2, ends
+
+    ends = run_to_end(path, (), ("--output", tmp_path / "elsewhere"))
+    assert [status for status, _ in ends] == [1, 1]
+    for (_, errors), folder in zip(ends, ("run", "elsewhere"), strict=True):
+        assert f"do not share the folder {tmp_path / folder}, into which" in errors
+        assert not list((tmp_path / folder).glob(".shared-*"))

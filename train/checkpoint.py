@@ -67,6 +67,12 @@ class Checkpoints:
                 ),
             )
 
+    @property
+    def newest_step(self) -> int | None:
+        """The step of the newest checkpoint, None if there is none."""
+        step: int | None = self._manager.latest_step()
+        return step
+
     def save(self, state: TrainState) -> None:
         """Begin to write a checkpoint, if this step has none yet, and remove the oldest ones.
 
@@ -76,7 +82,7 @@ class Checkpoints:
             EvenmixError: it, or the one before it, cannot be written; those that are there are
                 whole.
         """
-        if self._manager.latest_step() == state.step:
+        if self.newest_step == state.step:
             return
         args = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
@@ -87,15 +93,27 @@ class Checkpoints:
         with self._writing():
             self._manager.save(state.step, args=args)
 
+    def check(self) -> None:
+        """Tell of a checkpoint that could not be written; one that is being written goes on.
+
+        Raises:
+            EvenmixError: as :meth:`close`.
+        """
+        if not self._manager.is_saving_in_progress():
+            self._wait()
+
     def close(self) -> None:
         """Wait until all is written.
 
         Raises:
             EvenmixError: the last checkpoint cannot be written.
         """
+        self._wait()
+        self._manager.close()
+
+    def _wait(self) -> None:
         with self._writing():
             self._manager.wait_until_finished()
-        self._manager.close()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -114,7 +132,7 @@ class Checkpoints:
         Raises:
             EvenmixError: the checkpoint belongs to a run of another identity.
         """
-        step = self._manager.latest_step()
+        step = self.newest_step
         if step is None:
             return None
         stored = _restore(self._manager, step, run=ocp.args.JsonRestore())["run"]["identity"]

@@ -269,6 +269,11 @@ class TrainConfig(Section):
                 f"resolution {self.resolution} is no multiple of downsampling times patch_size, "
                 f"{side}"
             )
+        if self.keep_every_steps and self.keep_every_steps % self.checkpoint_every_steps:
+            raise ValueError(
+                f"keep_every_steps, {self.keep_every_steps}, must be a multiple of "
+                f"checkpoint_every_steps, {self.checkpoint_every_steps}: others have no checkpoint"
+            )
         if isinstance(self.latent, Flux2Config) and self.resolution % flux2_vae.PICTURE_MULTIPLE:
             raise ValueError(
                 f"resolution {self.resolution} is no multiple of {flux2_vae.PICTURE_MULTIPLE}, "
@@ -300,7 +305,7 @@ class TrainConfig(Section):
         free = {"mixture", "output", "steps", "log_every_steps", "checkpoint_every_steps"}
         free |= {"loader_threads", "evaluation_samples", "keep_every_steps"}
         free |= {"validate_every_steps", "samples"}
-        # These change no more than the order of sums.
+        # These change no more than the order of sums, and in bfloat16 where they are rounded.
         free |= {"accumulate", "mesh", "rematerialise"}
         # Nor does trimming; and where the encoders' weights lie may change.
         parts = {"text": {"weights", "trim_to"}, "latent": {"weights"}}

@@ -39,7 +39,10 @@ class RunLog:
         with writing_to(self._output):
             for file in (self._lines, self._validation):
                 kept = [line for line in _read(file) if line["step"] <= from_step]
-                file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+                # In one step: a run that is killed here has all it had.
+                part = file.with_name(f"{file.name}.part")
+                part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+                part.replace(file)
             self._board = SummaryWriter(
                 str(self._output / "tensorboard"),
                 purge_step=from_step + 1,
@@ -56,12 +59,16 @@ class RunLog:
         return f"step {step}/{self._config.steps}  {_in_words(line)}  {left_s:.0f} s left"
 
     def write_evaluation(self, step: int, evaluations: dict[str, Evaluation]) -> str:
-        """Write what the held-out pictures show after a step; return the losses in words."""
-        self._append(self._validation, {"step": step, "datasets": as_json(evaluations)})
-        for name, evaluation in evaluations.items():
-            values = {"loss": evaluation.loss, "caption_margin": evaluation.caption_margin}
-            values |= {f"loss_at_{t}": loss for t, loss in evaluation.loss_at_time.items()}
-            self._scalars(step, f"validation/{name}", values)
+        """Write what the held-out pictures show after a step; return the losses in words.
+
+        What a run that resumes at this step finds written is not written again.
+        """
+        if step not in {line["step"] for line in _read(self._validation)}:
+            self._append(self._validation, {"step": step, "datasets": as_json(evaluations)})
+            for name, evaluation in evaluations.items():
+                values = {"loss": evaluation.loss, "caption_margin": evaluation.caption_margin}
+                values |= {f"loss_at_{t}": loss for t, loss in evaluation.loss_at_time.items()}
+                self._scalars(step, f"validation/{name}", values)
         losses = (f"{name} {evaluation.loss:.4f}" for name, evaluation in evaluations.items())
         return f"step {step}/{self._config.steps}  held out: {', '.join(losses)}"
 

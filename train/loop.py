@@ -20,6 +20,7 @@ import jax
 
 from mixing.manifest import load_manifest
 from pipeline.errors import EvenmixError
+from train.agreement import check_agreement, check_shared
 from train.checkpoint import Checkpoints, TrainState
 from train.config import TrainConfig
 from train.data import TrainingData, check_mixture, prefetch, read_validation
@@ -29,7 +30,7 @@ from train.flops import flop_per_picture
 from train.frozen import FrozenEncoders
 from train.grid import draw_grid
 from train.log import RunLog
-from train.model import velocity_fn
+from train.model import Params, velocity_fn
 from train.output import writing_to
 from train.profiler import Profiler
 from train.sampling import sample
@@ -138,16 +139,46 @@ def train(
 
         mixture_sha256 = hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()
         checkpoints = Checkpoints(config.output, config, training_step.model, mixture_sha256)
+        check_shared(Path(config.output))
+        check_agreement(
+            configuration=config.model_dump(exclude={"mixture", "output"}),
+            mixture=mixture_sha256,
+            newest_checkpoint=checkpoints.newest_step,
+        )
         like = TrainState(0, *training_step.like)
         state = checkpoints.resume(like) or first_state(config, training_step, like)
         num_parameters = sum(x.size for x in jax.tree.leaves(state.params))
-        say(f"{num_parameters:,} parameters on {mesh.size} devices, from step {state.step}")
+        of_steps = f"from step {state.step} of {config.steps}"
+        say(f"{num_parameters:,} parameters on {mesh.size} devices, {of_steps}")
+        if config.validate_every_steps and not any(len(some) > 1 for some in held_out.values()):
+            say("this mixture holds nothing out (mixture.validation_fraction): no validation")
 
         velocity = velocity_fn(training_step.model)
         evaluate = make_evaluation(velocity, held_out=held_out, encoders=encoders, config=config)
         flop = flop_per_picture(training_step.model, encoders.text, encoders.codec)
         log = RunLog(config, state.step, flop) if first else None
         profiler = Profiler(config, state.step, profile_steps)
+
+        def look(step: int, ema: Params) -> dict[str, Evaluation] | None:
+            """Validate, and draw samples, where they are due after this step."""
+            evaluations = None
+            if config.validate_every_steps and step % config.validate_every_steps == 0:
+                evaluations = evaluate(ema)
+                if evaluations and log:
+                    say(log.write_evaluation(step, evaluations))
+            if config.samples and step % config.samples.every_steps == 0:
+                drawn = sample(
+                    velocity,
+                    ema,
+                    prompts,
+                    encoders=encoders,
+                    resolution=config.resolution,
+                    config=config.samples.settings(config.seed),
+                )
+                if log:
+                    log.write_samples(step, draw_grid(drawn, prompts))
+            return evaluations
+
         step, weights = state.step, (state.params, state.ema, state.opt_state)
         del state  # its memory becomes that of new weights
         broken, under_way = training_step.not_broken(), deque[jax.Array]()
@@ -164,6 +195,9 @@ def train(
                 batches = chain([next(prepared)], prepared)
                 compile_s, memory = training_step.compile()
                 say(f"compiled in {compile_s:.0f} s; a step needs {memory}")
+                # Already here, so that what has no room beside the state is found out at once, and
+                # what a run was killed before is made up for.
+                look(step, weights[1])
             while step < config.steps and not stopping:
                 asked_s = time.monotonic()
                 batch = next(batches)
@@ -183,27 +217,16 @@ def train(
                 stopping = stop_asked(stop, step)
                 if at_log or at_checkpoint or stopping:
                     check_finite(broken, data)
-                if at_log and log:
-                    say(log.write(step))
-                validated = config.validate_every_steps and step % config.validate_every_steps == 0
-                evaluations = evaluate(weights[1]) if validated else None
-                if evaluations and log:
-                    say(log.write_evaluation(step, evaluations))
-                if config.samples and step % config.samples.every_steps == 0:
-                    drawn = sample(
-                        velocity,
-                        weights[1],
-                        prompts,
-                        encoders=encoders,
-                        resolution=config.resolution,
-                        config=config.samples.settings(config.seed),
-                    )
+                if at_log:
+                    checkpoints.check()
                     if log:
-                        log.write_samples(step, draw_grid(drawn, prompts))
-                if at_checkpoint:
+                        say(log.write(step))
+                # First of all, since who is told to stop has not long.
+                if at_checkpoint or stopping:
                     checkpoints.save(TrainState(step, *weights))
                     if log:
                         log.draw()
+                evaluations = look(step, weights[1])
             checkpoints.save(TrainState(step, *weights))
         if log:
             log.draw()

@@ -3,7 +3,8 @@
 The devices are a mesh of two axes, ``data`` and ``fsdp``. Every device has its own rows of the
 batch. A tensor of the state (weights, their average, the optimiser's moments) is cut along the
 ``fsdp`` axis and equal along ``data``; where it is used, XLA gathers it. Nothing that is drawn
-depends on the mesh, so two meshes differ in no more than the order of sums.
+depends on the mesh, so two meshes differ in no more than the order of sums, and in bfloat16 where
+these are rounded.
 
 With several processes the rows of process p are the p-th part of the batch.
 """
@@ -30,7 +31,8 @@ def start_processes(coordinator: str, num_processes: int | None, process_id: int
 
     ``coordinator`` is the HOST:PORT at which process 0 is reached, or ``auto``: then Slurm, Open
     MPI, Kubernetes or Cloud TPU tells JAX all three. When a process dies, JAX ends the others
-    within 100 seconds; all are to be started again.
+    within 100 seconds (one that ends with an error waits for them for five minutes first); all are
+    to be started again.
 
     Raises:
         EvenmixError: the processes do not find one another, or their numbers are wrong.
