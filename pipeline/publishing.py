@@ -154,6 +154,12 @@ def remove_leftovers(stage: Stage, plan: Plan) -> None:
                 continue
             made_by = storage.parquet_metadata(storage.join(folder, name)).get(_MADE_BY)
             is_other = made_by != fingerprint(item_identity(stage, item))
-            if is_other and not storage.exists(shard_url(stage, dataset, item.shard)):
+            commit_url = shard_url(stage, dataset, item.shard)
+            if is_other and not storage.exists(commit_url):
                 for suffix in (".tar", REJECTED_SUFFIX, OBSERVED_SUFFIX):
                     storage.remove(storage.join(folder, f"{item.shard}{suffix}"))
+                if storage.exists(commit_url):
+                    raise EvenmixError(
+                        f"a run with other settings has published {commit_url} while its tar was "
+                        "removed as a leftover; stop that run, and remove this file too"
+                    )

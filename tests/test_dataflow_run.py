@@ -153,9 +153,13 @@ def test_a_defect_arrives_with_its_trace(service: DataflowService, gcs_bucket: s
         run(service, Words(gcs_bucket, defect="odd"))
 
 
-def test_a_job_that_was_cancelled_says_so(service: DataflowService, gcs_bucket: str) -> None:
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_a_job_that_is_cancelled_ends_the_command_that_waits_for_it(
+    service: DataflowService, gcs_bucket: str, is_ours: bool
+) -> None:
     stage = Words(gcs_bucket)
-    args = job_args(stage, options_for(service, stage).dataflow, {}, arguments(service))
+    options = options_for(service, stage)
+    args = job_args(stage, options.dataflow, {}, options.beam_args)
     client = DataflowApplicationClient(PipelineOptions(args))
 
     def cancel() -> None:
@@ -164,6 +168,9 @@ def test_a_job_that_was_cancelled_says_so(service: DataflowService, gcs_bucket: 
             service.may_begin.set()
 
     service.may_begin.clear()
+    if not is_ours:
+        work_lists = write_work_lists(stage, items("a"))
+        dataflow_job.submit(stage, work_lists, replace(options, beam_args=tuple(args)))
     with pytest.raises(EvenmixError) as caught:
         run(service, stage, while_waiting=cancel)
     (job,) = service.jobs
@@ -172,6 +179,22 @@ def test_a_job_that_was_cancelled_says_so(service: DataflowService, gcs_bucket: 
         f"{url_of(job)}"
     )
     run(service, stage)
+    assert committed_shards(f"{gcs_bucket}/words/d") == ["a", "b"]
+
+
+def test_a_job_that_was_being_cancelled_is_followed_by_one_of_this_command(
+    service: DataflowService, gcs_bucket: str
+) -> None:
+    stage = Words(gcs_bucket)
+    options = options_for(service, stage)
+    args = job_args(stage, options.dataflow, {}, options.beam_args)
+    service.may_begin.clear()
+    work_lists = write_work_lists(stage, items("a"))
+    dataflow_job.submit(stage, work_lists, replace(options, beam_args=tuple(args)))
+    service.jobs[0].state = "JOB_STATE_CANCELLING"
+    service.jobs[0].cancelled.set()
+    run(service, stage, while_waiting=service.may_begin.set)
+    assert [job.state for job in service.jobs] == ["JOB_STATE_CANCELLED", "JOB_STATE_DONE"]
     assert committed_shards(f"{gcs_bucket}/words/d") == ["a", "b"]
 
 
@@ -191,7 +214,7 @@ def test_a_job_that_cannot_be_asked_after_goes_on(
 def test_a_question_that_gets_no_answer_is_asked_again(
     service: DataflowService, gcs_bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dataflow_job, "_ANSWER_S", 0.5)
+    monkeypatch.setattr(dataflow_job, "_ANSWER_S", 3.0)
     monkeypatch.setattr(service, "num_unanswered", 1)
     stage = Words(gcs_bucket)
     work_lists = write_work_lists(stage, items("a"))

@@ -128,6 +128,15 @@ def test_a_wrong_recipe_is_refused_before_any_job(
     assert not storage.exists(f"{gcs_bucket}/template.json")
 
 
+def test_options_that_no_shell_would_read_are_refused(
+    gcs_bucket: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(gcs_bucket, DATAFLOW)
+    assert launch(gcs_bucket, recipe, "--build_options=--labels='team=a") == 1
+    error = capsys.readouterr().err
+    assert error == "error: build_options=--labels='team=a: No closing quotation; correct it\n"
+
+
 def test_the_step_runs_a_build_and_logs_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -9,15 +9,17 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipeline import storage
+from pipeline import publishing, storage
 from pipeline.beam_job import RunnerOptions
 from pipeline.errors import EvenmixError
 from pipeline.publishing import publish_item
-from pipeline.receipts import Counts, checksum, read_receipt
+from pipeline.receipts import Counts, checksum, fingerprint, read_receipt
 from pipeline.run import run_stage
 from pipeline.stage import (
+    OBSERVED_SUFFIX,
     WorkItem,
     finish,
+    item_identity,
     lines_of_work_list,
     make_plan,
     read_line,
@@ -244,6 +246,27 @@ def test_a_committed_tar_is_there_at_every_moment(
     monkeypatch.undo()
     receipt = read_receipt(f"{folder}/a.parquet")
     assert receipt.tar == checksum(storage.read_chunks(f"{folder}/a.tar"))
+
+
+def test_a_commit_whose_tar_was_taken_for_a_leftover_is_told(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that everybody thought dead, with other settings, commits at the worst moment."""
+    stage, older, work = Words(root, min_length=2), Words(root), items("a")
+    observed, tar = f"{root}/words/d/a{OBSERVED_SUFFIX}", f"{root}/words/d/a.tar"
+    made_by = {publishing._MADE_BY: fingerprint(item_identity(older, work[0]))}
+    storage.publish(observed, storage.parquet_bytes(pa.table({"n": [1]}), made_by))
+    storage.publish(tar, b"observed")
+    plan, remove = make_plan(stage, work), storage.remove
+
+    def overtaken(url: str) -> None:
+        if url == tar:
+            publish_item(older, work[0])
+        remove(url)
+
+    monkeypatch.setattr(storage, "remove", overtaken)
+    with pytest.raises(EvenmixError, match=r"published .*/a\.parquet while its tar was removed"):
+        publishing.remove_leftovers(stage, plan)
 
 
 def test_work_lists_carry_items_and_go_with_their_dataset(root: str) -> None:

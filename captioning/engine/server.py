@@ -34,6 +34,9 @@ SERVED_MODEL_NAME = "captioner"
 SERVER_ENVIRONMENT = {
     "VLLM_HOST_IP": "127.0.0.1",  # whatever vLLM opens between its own processes stays here
     "VLLM_NO_USAGE_STATS": "1",
+    # It would be compiled at the start, by an nvcc that machines that only run models have not; and
+    # requests with a seed, as all of ours, are sampled without it anyway.
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "SPT_NOENV": "1",  # vLLM renames its processes, which must not wipe the keeper's mark
 }
 LOG_LINES_SHOWN = 25
