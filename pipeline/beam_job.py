@@ -33,7 +33,10 @@ what pictures and shards have left free; with these it goes back to the system. 
 a program starts: the fork server's, which workers are forked from in the end."""
 
 _PRELOADED = ["pipeline.beam_worker", "pipeline.beam_pipeline"]
-_LOST_WORKER_GRACE_S = 5.0
+_LOST_WORKER_GRACE_S = 15.0
+"""How long a job may take to tell what became of it after it has let its workers go. Beam's runner
+waits up to 5 s for its connections to them, and only then raises the failure of an item; the
+watchdog must not tell of a lost worker before. A job that has told all has as long to exit."""
 _POLL_S = 0.5
 
 
@@ -199,10 +202,20 @@ def _job_main(
         else:
             beam_pipeline.run_to_end(stage, work_list_urls, options)
     except Exception as error:
-        sender.send(beam_pipeline.failure_of(error))
+        failure = beam_pipeline.failure_of(error)
+        if not beam_pipeline.is_of_step(error) and _has_lost_one(workers):
+            # Beam found its connection closed before the watchdog found that it is gone.
+            failure = _lost("a worker process is gone")
+        sender.send(failure)
     # Threads of Beam's may linger; all work is published or reported.
     _kill(_family(os.getpid())[:-1])
     os._exit(0)
+
+
+def _has_lost_one(workers: Sequence[BaseProcess]) -> bool:
+    """Tell whether a worker has not ended by itself, which may take a moment to show."""
+    wait([worker.sentinel for worker in workers], timeout=_POLL_S)
+    return any(worker.exitcode for worker in workers)
 
 
 def _watch(workers: Sequence[BaseProcess], sender: Connection) -> None:

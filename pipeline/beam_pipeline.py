@@ -38,7 +38,7 @@ def run_to_end(stage: Stage, work_list_urls: Sequence[str], options: RunnerOptio
         result = pipeline.run()
     except RuntimeError as error:
         # Some runners begin the job here, and some end it, with the error of a step.
-        if options.is_local or "[while running" in str(error):
+        if options.is_local or is_of_step(error):
             raise
         raise EvenmixError(f"Beam's runner cannot start the job: {error}") from error
     result.wait_until_finish()
@@ -168,6 +168,11 @@ def _carry_message() -> Iterator[None]:
         yield
     except EvenmixError as error:
         raise RuntimeError(_CARRIED + json.dumps(str(error))) from None
+
+
+def is_of_step(error: Exception) -> bool:
+    """Tell whether Beam says that a step has raised this, and it is none of the runner's own."""
+    return "[while running" in str(error)
 
 
 def failure_of(error: Exception) -> Exception:
