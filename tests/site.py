@@ -51,6 +51,8 @@ def serve() -> Iterator[Site]:
             """Be silent."""
 
     class Server(ThreadingHTTPServer):
+        request_queue_size = 64
+
         def handle_error(self, request: Any, client_address: Any) -> None:
             """Be silent: clients are killed here."""
 

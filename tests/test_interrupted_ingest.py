@@ -32,7 +32,7 @@ root = "{root}"
 min_short_edge_px = 32
 records_per_shard = 24
 [fetch]
-timeout_s = 5
+timeout_s = 60
 attempts = 1
 per_host = 4
 allow_private_addresses = true

@@ -503,7 +503,7 @@ def test_threads_that_wait_for_an_engine_share_its_failure(
 
     def fail(_: Engine) -> None:
         starts.append(1)
-        time.sleep(0.3)
+        time.sleep(2)  # until the others wait, too
         raise EvenmixError("no server")
 
     monkeypatch.setattr(Engine, "start", fail)

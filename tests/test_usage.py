@@ -14,7 +14,7 @@ from pipeline.verify import verify
 from tests.stages import Words, items
 
 ONE_WORKER = RunnerOptions(workers=1)
-STARTED = datetime(2026, 11, 23, 7, 55, 48, 123456, UTC)
+STARTED = datetime(2019, 11, 23, 7, 55, 48, 123456, UTC)
 
 
 def test_a_run_leaves_a_note_and_one_with_nothing_to_do_leaves_none(tmp_path: Path) -> None:
@@ -38,7 +38,7 @@ def test_only_what_a_run_had_to_do_is_counted(tmp_path: Path) -> None:
     run = read_runs(str(tmp_path))[0]
     assert (run.started, run.items, run.records_in) == (STARTED.isoformat(), 1, 3)
     assert run.workers == 1  # there was one item
-    assert (tmp_path / "notes/runs/words-20261123T075548.123456Z.json").is_file()
+    assert (tmp_path / "notes/runs/words-20191123T075548.123456Z.json").is_file()
 
 
 def test_on_dataflow_the_machines_are_noted(tmp_path: Path) -> None:
@@ -52,17 +52,17 @@ def test_on_dataflow_the_machines_are_noted(tmp_path: Path) -> None:
     assert run.threads == 1
     options = ("--runner=DataflowRunner", "--max_num_workers=3", "--machine_type=e2-standard-4")
     changed = RunnerOptions(beam_args=options, resources=recipe)
-    note_run(stage, items("a"), summaries, changed, STARTED.replace(year=2025))
+    note_run(stage, items("a"), summaries, changed, STARTED.replace(year=2018))
     run = read_runs(str(tmp_path))[0]
     assert (run.workers, run.machine_type) == (3, "e2-standard-4")
     prime = ("--runner=DataflowRunner", "--dataflow_service_options=enable_prime")
     chosen = RunnerOptions(beam_args=prime, resources=recipe)
-    note_run(stage, items("a"), summaries, chosen, STARTED.replace(year=2024))
+    note_run(stage, items("a"), summaries, chosen, STARTED.replace(year=2017))
     run = read_runs(str(tmp_path))[0]
     assert (run.workers, run.machine_type) == (7, None)
     l4 = Words(str(tmp_path), resource_hints={"accelerator": "type:nvidia-l4;count:1"})
     on_gpus = RunnerOptions(beam_args=prime[:1], dataflow=Dataflow(gpu_image="i"))
-    note_run(l4, items("a"), summaries, on_gpus, STARTED.replace(year=2023))
+    note_run(l4, items("a"), summaries, on_gpus, STARTED.replace(year=2016))
     run = read_runs(str(tmp_path))[0]
     assert (run.machine_type, run.threads) == ("g2-standard-8", 4)
 
