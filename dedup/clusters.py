@@ -21,6 +21,9 @@ from dedup.records import Floats, Ints, Vectors
 SAMPLE_PER_CLUSTER = 125
 """Vectors a cluster in the sample that is fitted: HiDream-I1 has 2 million for 16,000."""
 
+_FITTED_BYTES = 10
+"""What a number of a sample takes: as it is read, put together and sorted, and in float32."""
+
 ROWS_PER_PART = 200_000
 """Pictures in one part of a clustering, which are searched in memory: about 0.5 GB of them."""
 
@@ -45,6 +48,12 @@ def default_num_clusters(num_vectors: int) -> int:
     if num_vectors < _EXACT_BELOW:
         return 1
     return round(16_000 * math.sqrt(num_vectors / 160e6))
+
+
+def fit_memory(num_clusters: int, num_vectors: int, dimension: int) -> dict[str, str]:
+    """Return the resource hint of fitting so many clusters to a sample of the vectors."""
+    num_sampled = min(num_clusters * SAMPLE_PER_CLUSTER, num_vectors)
+    return {"min_ram": f"{4 + num_sampled * dimension * _FITTED_BYTES // 10**9}GB"}
 
 
 def fit(sample: Vectors, num_clusters: int, seed: int) -> Floats:

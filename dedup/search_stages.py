@@ -43,9 +43,6 @@ from pipeline.stage import Output, WorkItem
 RANKS_PER_RANGE = 500_000
 """Pictures whose neighbours are brought together at a time."""
 
-_FITTED_BYTES = 10
-"""What a number of a sample takes: as it is read, put together and sorted, and in float32."""
-
 
 @dataclass(frozen=True)
 class Size:
@@ -190,9 +187,7 @@ class FitClusters(_Step):
     @classmethod
     def of(cls, search: Search, step: str, size: Size) -> Self:
         """Return the stage, which asks for the memory that a sample takes."""
-        num_vectors = min(size.num_clusters * clusters.SAMPLE_PER_CLUSTER, size.num_searched)
-        num_bytes = num_vectors * search.dimension * _FITTED_BYTES
-        hints = {"min_ram": f"{4 + num_bytes // 10**9}GB"}
+        hints = clusters.fit_memory(size.num_clusters, size.num_searched, search.dimension)
         return replace(super().of(search, step, size), resource_hints=hints)
 
     def output(self, item: WorkItem) -> Output:

@@ -134,7 +134,7 @@ def resources_of(
     else:
         if given.get("machine_type", "").startswith(_WITH_GPUS):
             del given["machine_type"]
-        if "machine_type" not in given and _exceeds_share(hints, suitable["machine_type"]):
+        if "machine_type" not in given and exceeds_share(hints, suitable["machine_type"]):
             suitable["machine_type"] = _highmem_machine(_memory_gb(hints), command)
     return Resources(**suitable | given)
 
@@ -169,7 +169,7 @@ def _memory_gb(hints: Mapping[str, str]) -> int:
     return int(hints.get("min_ram", "0GB").removesuffix("GB"))
 
 
-def _exceeds_share(hints: Mapping[str, str], machine_type: str) -> bool:
+def exceeds_share(hints: Mapping[str, str], machine_type: str) -> bool:
     """Tell whether an item takes more memory than a vCPU's share of a machine.
 
     Of a machine whose memory is not known, an item that asks for memory gets all.
@@ -263,7 +263,7 @@ def job_args(
     args = [f"--{name}={value}" for name, value in values.items() if value is not None]
     has_wish = "use_multiple_sdk_containers" in given.get("experiments", [])
     machine_type = given.get("machine_type", machine_type)
-    takes_machine = is_accelerated or _exceeds_share(stage.resource_hints, machine_type)
+    takes_machine = is_accelerated or exceeds_share(stage.resource_hints, machine_type)
     if takes_machine and not has_wish:
         # One process a machine: its model's server is found through the container's own files, and
         # the memory is for one item.

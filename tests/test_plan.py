@@ -162,8 +162,9 @@ def test_dedup_grows_as_its_clusters_say() -> None:
     )
     # HiDream-I1's 16,000 clusters, four times: members 2.56e12 products, pairs twice 0.8e12,
     # fitting 125 vectors a cluster in 10 rounds 0.32e12, of which one is what the others wait for.
+    # A fit's 14 GB are more than a vCPU's share, so that it has a machine of 8 vCPUs.
     plan = plans_of(recipe_of(), figures, {"own": 160_000_000})["dedup"]
-    assert plan.work.worker_s.high == pytest.approx(4 * (2.56e6 + 1.6e6) + 3 * 0.32e6)
+    assert plan.work.worker_s.high == pytest.approx(4 * (2.56e6 + 1.6e6) + 3 * 8 * 0.32e6)
     assert plan.work.alone_s.high == pytest.approx(0.32e6 + 16_000)
     # All pictures at once take 400 bytes each, more than a machine of the search has.
     assert plan.machine.machine_type == "n2-highmem-8"

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 
-from pipeline.dataflow import L4, Command, resources_of
+from pipeline.dataflow import L4, Command, exceeds_share, resources_of
 from pipeline.errors import EvenmixError
 from pipeline.plan.expected import MB, Expected, caption_folders
 from pipeline.plan.figures import Figures
@@ -24,6 +24,7 @@ _READS_OF_ITEM = 5  # its line, its inputs' footers, its receipt by progress and
 _PICTURES_PER_READ = 16  # dedup.embed.BATCH_SIZE
 _MB_PER_READ = 16  # of a mirrored source: pipeline.storage's buffer
 _EXCHANGE_MB_PER_READ = 1.0  # slices: 1.6 MB in mixtures, 0.5 to 1 MB in published captions
+_DIMENSION = 512  # of SSCD's descriptors
 _LINE_BYTES = 300  # where its work list has an item, the only thing that a shuffle carries
 
 
@@ -207,6 +208,11 @@ def _machine(recipe: Recipe, stage: Command, hints: Mapping[str, str]) -> Machin
     return machine
 
 
+def _vcpus_of_item(machine: Machine, hints: Mapping[str, str]) -> int:
+    """Return how much of a machine an item has: all, if it needs more memory than its share."""
+    return machine.vcpus if exceeds_share(hints, machine.machine_type) else 1
+
+
 def models_of(recipe: Recipe) -> list[VllmCaptions]:
     """Return the caption sets of the mixture that a server of our own writes."""
     sets = [recipe.captions[name] for name in caption_folders(recipe)]
@@ -275,7 +281,7 @@ def dedup_work(planner: Planner) -> Work:
 
     N vectors in C clusters of K clusterings take N C K products to find the clusters' members, and
     N^2 / 2C K within even ones; fitting takes a sample of S vectors a cluster, S C^2 a round. One
-    process fits a clustering.
+    process fits a clustering, on a machine of its own if the sample is as large as that.
     """
     recipe, figures = planner.recipe, planner.figures.dedup
     if not planner.todo(duplicates_folder(recipe.dedup.name)):
@@ -299,8 +305,11 @@ def dedup_work(planner: Planner) -> Work:
     assigning, comparing, fitting = (Range(*ends) for ends in zip(low, high, strict=True))
     k = recipe.dedup.clusterings if fitting.high else 1
     per_product = figures.cpu_s_per_million_products.range / 1e6
+    num_clusters = recipe.dedup.num_clusters or clusters.default_num_clusters(searched.high)
+    sample = clusters.fit_memory(num_clusters, int(searched.high), _DIMENSION)
+    held = _vcpus_of_item(_machine(recipe, "dedup", sample), sample)
     # One of the clusterings is in alone_s: the others are fitted meanwhile.
-    search = (assigning + comparing * figures.uneven_clusters) * k + fitting * (k - 1)
+    search = (assigning + comparing * figures.uneven_clusters) * k + fitting * (k - 1) * held
     search_s = search * per_product
     slower = planner.figures.machines.vcpu_s_per_measured_s
     parts = (searched / rows_per_group).rounded_up()
