@@ -7,6 +7,8 @@ weights in memory and does not look at keys beyond a sample's; elsewhere XLA's o
 import jax
 import jax.numpy as jnp
 
+from train.sharding import keep_rows
+
 # What cuDNN takes on every GPU that has bfloat16.
 MIN_COMPUTE_CAPABILITY = 8.0
 CUDNN_MAX_HEAD_DIM = 128
@@ -26,6 +28,9 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None =
         and head_dim <= CUDNN_MAX_HEAD_DIM
         and head_dim % CUDNN_HEAD_DIM_MULTIPLE == 0
     )
+    if lengths is not None:
+        # cuDNN's call is cut by the samples of q: each device must have the lengths of its own.
+        lengths = keep_rows(lengths)
     return jax.nn.dot_product_attention(
         q, k, v, key_value_seq_lengths=lengths, implementation="cudnn" if flash else "xla"
     )
