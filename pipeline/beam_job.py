@@ -226,7 +226,8 @@ def _watch(workers: Sequence[BaseProcess], sender: Connection) -> None:
         if lost:
             # A job that is about to end has let its workers go.
             time.sleep(_LOST_WORKER_GRACE_S)
-            sender.send(_lost(f"worker process {lost[0]} is gone"))
+            with contextlib.suppress(OSError):  # the parent may have gone meanwhile
+                sender.send(_lost(f"worker process {lost[0]} is gone"))
             break
         time.sleep(_POLL_S)
     _kill(_family(os.getpid()))
