@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 
@@ -11,6 +12,23 @@ QUICK_COMPILATION = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emi
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_COMPILATION}".strip()
 
 pytest_plugins = ["tests.gcs"]
+
+ALLOCATOR = {name: os.environ.get(name) for name in ("MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_")}
+"""glibc's settings, None where there is none, before any job has changed them."""
+
+
+@pytest.fixture(autouse=True)
+def allocator() -> Iterator[None]:
+    """Undo what a job in this process has set for its workers (pipeline/beam_job.py).
+
+    Processes that later tests start would inherit it, and the memory that they take depends on it.
+    """
+    yield
+    for name, value in ALLOCATOR.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -171,6 +171,10 @@ def evenmix(*arguments: str, **options: Any) -> subprocess.Popen[str]:
 
 def finish(process: subprocess.Popen[str]) -> str:
     """Wait for a command that must succeed and return what it printed."""
-    printed, _ = process.communicate(timeout=900)
+    try:
+        printed, _ = process.communicate(timeout=1800)
+    except subprocess.TimeoutExpired:
+        process.kill()  # or it would slow down all tests that follow
+        raise
     assert process.returncode == 0, printed
     return printed

@@ -23,7 +23,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum, auto
 from http.client import HTTPConnection
@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
+import psutil
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
@@ -373,6 +374,32 @@ def _page(
     return status, headers, json.dumps(page).encode()
 
 
+def start_on_free_port(
+    command: list[str], timeout_s: float, **options: Any
+) -> tuple[subprocess.Popen[bytes], int]:
+    """Start a server that is told port 0, and wait until it listens; return it and its port.
+
+    A port that was found to be free could be anybody's before the server has it.
+    """
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, **options)
+    deadline = time.monotonic() + timeout_s
+    while (port := _listening_port(process.pid)) is None:
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            process.wait()
+            raise RuntimeError(f"the server did not start: {command}")
+        time.sleep(0.05)
+    return process, port
+
+
+def _listening_port(pid: int) -> int | None:
+    with suppress(psutil.Error):  # it has just ended
+        for each in psutil.Process(pid).net_connections("tcp"):
+            if each.status == psutil.CONN_LISTEN:
+                return int(each.laddr.port)
+    return None
+
+
 class Emulator:
     """The emulator, with the bucket `BUCKET`: in memory, or in a folder that outlives it."""
 
@@ -381,25 +408,13 @@ class Emulator:
         self.port = 0
 
     def start(self) -> None:
-        """Start it on a free port, and wait until it answers."""
-        with socket.create_server((HOST, 0)) as probe:
-            port = probe.getsockname()[1]
-        options = [f"--host={HOST}", f"--port={port}", f"--default-bucket={BUCKET}", "--quiet"]
+        """Start it on a free port, and wait until it listens."""
         where = ["start", "--in-memory"]
         if self._folder is not None:
             where = [f"--data-dir={self._folder}", "start"]
+        options = [f"--host={HOST}", "--port=0", f"--default-bucket={BUCKET}", "--quiet"]
         command = [sys.executable, "-m", "gcp_storage_emulator", *where, *options]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + STARTUP_TIMEOUT_S
-        while True:
-            try:
-                socket.create_connection((HOST, port)).close()
-                break
-            except ConnectionRefusedError:
-                if self._process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(f"the emulator did not start: {command}") from None
-                time.sleep(0.05)
-        self.port = port
+        self._process, self.port = start_on_free_port(command, STARTUP_TIMEOUT_S)
 
     def kill(self) -> None:
         """End it at once."""

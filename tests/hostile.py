@@ -249,7 +249,7 @@ async def _gzip(exchange: Exchange) -> None:
 
 
 @cache
-def _bomb() -> bytes:
+def gzip_bomb() -> bytes:
     """64 MiB of zeros in 64 kB."""
     compressor = zlib.compressobj(wbits=zlib.MAX_WBITS | 16)
     parts = [compressor.compress(bytes(1 << 20)) for _ in range(64)]
@@ -257,7 +257,7 @@ def _bomb() -> bytes:
 
 
 async def _gzip_bomb(exchange: Exchange) -> None:
-    await exchange.answer(200, _bomb(), "Content-Encoding: gzip")
+    await exchange.answer(200, gzip_bomb(), "Content-Encoding: gzip")
 
 
 async def _gzip_cut(exchange: Exchange) -> None:

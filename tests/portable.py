@@ -7,15 +7,14 @@ workers that it asks for over the same protocol too.
 
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_HOST = "127.0.0.1"
+from tests.gcs import start_on_free_port
+
 _STARTUP_TIMEOUT_S = 60
 
 
@@ -36,28 +35,16 @@ def worker_pool() -> Iterator[str]:
 @contextmanager
 def _service(module: str, port_option: str) -> Iterator[str]:
     """Run one of Beam's services, and at the end kill it with all that it has started."""
-    with socket.create_server((_HOST, 0)) as probe:
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", module, f"{port_option}={port}"]
     # The pool starts its workers as `python`.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    service = subprocess.Popen(
-        command,
+    service, port = start_on_free_port(
+        [sys.executable, "-m", module, f"{port_option}=0"],
+        _STARTUP_TIMEOUT_S,
         env={**os.environ, "PATH": path},
         start_new_session=True,
-        stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     try:
-        deadline = time.monotonic() + _STARTUP_TIMEOUT_S
-        while True:
-            try:
-                socket.create_connection((_HOST, port)).close()
-                break
-            except ConnectionRefusedError:
-                if service.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(f"the service did not start: {command}") from None
-                time.sleep(0.05)
         # As Beam's services name themselves to their workers.
         yield f"localhost:{port}"
     finally:

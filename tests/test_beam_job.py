@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -108,6 +109,19 @@ def test_a_killed_process_ends_the_job_within_a_minute(tmp_path: Path, victim: s
     assert storage.exists(f"{tmp_path}/words/d/b.parquet")
 
 
+def test_a_worker_that_was_killed_is_told_from_one_that_has_ended() -> None:
+    """Beam may find the connection to one closed before the watchdog finds it gone."""
+    context = multiprocessing.get_context("spawn")
+    ended = context.Process(target=nothing)
+    killed = context.Process(target=time.sleep, args=(ENDLESS_S,))
+    for worker in (ended, killed):
+        worker.start()
+    killed.kill()
+    ended.join()
+    assert beam_job._has_lost_one([killed])
+    assert not beam_job._has_lost_one([ended])
+
+
 class Watched(Words):
     """Words that tell how many items are under way in this process."""
 
@@ -185,15 +199,15 @@ def test_a_job_whose_command_ended_ends_too(tmp_path: Path, end: signal.Signals)
         [sys.executable, "-c", PARENT, str(tmp_path)], stderr=subprocess.DEVNULL
     )
     parent = psutil.Process(command.pid)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 150  # both have Beam to import first
     while len(workers_of(parent)) < 2:
         assert time.monotonic() < deadline
         assert command.poll() is None
         time.sleep(0.1)
     family = parent.children(recursive=True)
     command.send_signal(end)
-    command.wait(timeout=15)
-    assert psutil.wait_procs(family, timeout=15)[1] == []
+    command.wait(timeout=60)
+    assert psutil.wait_procs(family, timeout=60)[1] == []
 
 
 ALONE = """

@@ -1,9 +1,11 @@
 """`evenmix caption` with the real vLLM on a CPU: two families of models through one command."""
 
+import contextlib
 import json
 import os
 import re
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -74,12 +76,23 @@ def eventually(condition: Callable[[], object], timeout_s: float = 120) -> bool:
     return False
 
 
+def kill_all(process: subprocess.Popen[str]) -> None:
+    """Kill a command that leads a session of its own, and all that it has started."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 def test_the_command_captions_a_corpus_at_a_rate_it_compares_with_the_engine_alone(
     recipe: Path, models: dict[str, Path]
 ) -> None:
     caption = ("caption", str(recipe), "--captions=qwen3_vl", "--captions-per-image=2")
     # The server stays for all three commands, as it would for other workers.
-    lease = server.ServerLease(str(models["qwen3_vl"]), ARGUMENTS, start_timeout_s=240)
+    lease = server.ServerLease(str(models["qwen3_vl"]), ARGUMENTS, start_timeout_s=900)
     lease.wait_until_ready()
     too_long = recipe.with_name("too_long.toml")
     too_long.write_text(recipe.read_text().replace("max_tokens = 24", "max_tokens = 900"))
@@ -115,16 +128,21 @@ def test_a_run_that_is_killed_goes_on_with_another_family_and_is_measured(
     # 320 captions in each shard of the shapes: more than a slice.
     caption = ("caption", str(recipe), "--captions=llava", "--captions-per-image=20", "--workers=1")
     folder = recipe.parent / "corpus" / "captions" / "llava"
+
+    def slices() -> list[Path]:
+        return list(folder.glob("shapes/.temporary-slice-*"))
+
     process = corpora.evenmix(*caption, start_new_session=True)
-    assert eventually(lambda: list(folder.glob("shapes/.temporary-slice-*")))
-    for child in psutil.Process(process.pid).children(recursive=True):
-        child.kill()
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    try:
+        # Before the first slice vLLM has to start, which takes minutes on a busy machine.
+        eventually(lambda: slices() or process.poll() is not None, timeout_s=800)
+        assert slices()
+    finally:
+        kill_all(process)
     killed = datetime.now(UTC)
     meeting = server.meeting_folder(str(models["llava"]), ARGUMENTS, None)
     assert eventually(lambda: not keeper.marked_processes(meeting))
-    slices = list(folder.glob("shapes/.temporary-slice-*"))
+    left = slices()
     published = {path for path in folder.glob("*/[!.]*.parquet")}
 
     printed = corpora.finish(corpora.evenmix(*caption, "--bare-engine=32"))
@@ -136,7 +154,7 @@ def test_a_run_that_is_killed_goes_on_with_another_family_and_is_measured(
     before = sum(each["asked"] < killed for each in captions)
     rows = sum(pq.read_metadata(path).num_rows for path in published) * 20
     kept = [
-        path for path in slices if folder / "shapes" / path.name.split("-", 4)[-1] not in published
+        path for path in left if folder / "shapes" / path.name.split("-", 4)[-1] not in published
     ]
     assert before == rows + SLICE_CAPTIONS * len(kept) > 0
     assert not list(folder.glob("*/.temporary-*"))

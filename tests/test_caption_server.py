@@ -34,8 +34,11 @@ socketserver.UnixStreamServer("run/socket", Handler).serve_forever()
 
 
 @pytest.fixture
-def short_tmp(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A temporary folder with a path short enough for sockets."""
+def short_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A temporary folder with a path short enough for sockets.
+
+    `tmp_path` comes before, or else pytest would make the folder of all tests in this one.
+    """
     with tempfile.TemporaryDirectory(prefix="ev") as folder:
         monkeypatch.setenv("TMPDIR", folder)
         monkeypatch.setattr(tempfile, "tempdir", None)
@@ -49,10 +52,12 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def _lease(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> server.ServerLease:
+def _lease(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, code: str, start_timeout_s: float = 30
+) -> server.ServerLease:
     """A lease whose server is a small Python program instead of vLLM."""
     monkeypatch.setattr(server, "server_command", lambda *_: [sys.executable, "-c", code])
-    return server.ServerLease(str(checkpoint), {}, start_timeout_s=2)
+    return server.ServerLease(str(checkpoint), {}, start_timeout_s=start_timeout_s)
 
 
 def _eventually(condition: Callable[[], bool], timeout_s: float = 20) -> bool:
@@ -243,7 +248,7 @@ def test_a_server_that_exits_is_an_error_with_its_last_words(
 def test_a_server_that_hangs_is_an_error_and_is_killed(
     short_tmp: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lease = _lease(checkpoint, monkeypatch, "import time; time.sleep(600)")
+    lease = _lease(checkpoint, monkeypatch, "import time; time.sleep(600)", start_timeout_s=2)
     with pytest.raises(EvenmixError, match="did not answer within 2 s"):
         lease.wait_until_ready()
     assert keeper.read_phase(lease.folder)[0] is Phase.FAILED

@@ -135,7 +135,7 @@ class Unreliable:
         if how == "cut":
             raise ConnectionAbortedError
         if how == "hang":
-            time.sleep(1)
+            time.sleep(3)  # longer than anybody here waits
         if how == "abort":
             return Reply("half", finish_reason="abort")
         return Reply("words", status=int(how) if how.isdigit() else 200)
@@ -145,7 +145,7 @@ def test_what_fails_is_asked_again() -> None:
     once = ["500 once", "cut once", "hang once", "abort once", "429 once", "503 once", "502 once"]
     twice = ["500 twice", "cut twice", "abort twice", "429 twice", "503 twice"]
     respond = Unreliable()
-    with asking(respond, request_timeout_s=0.4) as engine:
+    with asking(respond, request_timeout_s=2) as engine:
         found = endings(engine.answers(requests(*once, *twice, "well")))
     assert list(found.values()) == [Ending.STOP] * 13
     assert {prompt: respond.asked[prompt] for prompt in [*once, *twice, "well"]} == (
@@ -159,13 +159,13 @@ def test_what_fails_is_asked_again() -> None:
         ("500 always", 3, "HTTP 500: words"),
         ("cut always", 3, "the connection broke: ServerDisconnectedError"),
         ("abort always", 3, "the answer ended with abort"),
-        ("hang always", 3, "no answer within 0.4 s"),
+        ("hang always", 3, "no answer within 2 s"),
     ],
 )
 def test_what_always_fails_is_given_up(prompt: str, attempts: int, detail: str) -> None:
     """Also when nothing else is asked that would show that the server works."""
     respond = Unreliable()
-    with asking(respond, request_timeout_s=0.1 if prompt == "hang always" else 60) as engine:
+    with asking(respond, request_timeout_s=0.5 if prompt == "hang always" else 60) as engine:
         (answer,) = engine.answers(requests(prompt))
     assert (answer.ending, respond.asked[prompt]) == (Ending.FAILED, attempts)
     assert answer.detail.startswith(detail)
@@ -182,10 +182,10 @@ def test_a_slow_server_gets_more_time() -> None:
             time.sleep(float(prompt_of(body)))
         return Reply("well")
 
-    with asking(respond, request_timeout_s=0.3) as engine:
-        found = endings(engine.answers(requests("0", "0.45", "0.9")))
+    with asking(respond, request_timeout_s=1.2) as engine:
+        found = endings(engine.answers(requests("0", "1.8", "3.6")))
     assert list(found.values()) == [Ending.STOP] * 3
-    assert asked == {"0": 1, "0.45": 2, "0.9": 3}
+    assert asked == {"0": 1, "1.8": 2, "3.6": 3}
 
 
 def test_answers_to_others_show_that_a_slow_server_works() -> None:
@@ -231,7 +231,7 @@ def test_a_server_that_fails_for_a_while_loses_nothing(how: str) -> None:
 
     with asking(respond, max_in_flight=8) as engine:
         answers = list(engine.answers(requests(*(f"p{n}" for n in range(120)))))
-    assert 8 <= len(during) < 40  # an outage, in which the server was left alone
+    assert 1 <= len(during) < 40  # an outage, in which the server was left alone
     assert sorted(int(answer.id) for answer in answers) == list(range(120))
     assert {answer.ending for answer in answers} == {Ending.STOP}
     assert all(answer.text == f"p{answer.id}" for answer in answers)
@@ -280,8 +280,9 @@ def test_one_refusal_is_the_requests_own() -> None:
     assert controls == ["good", "good"]
 
 
-@pytest.mark.parametrize("answered", [0, 20])
-def test_a_server_that_begins_to_refuse_all_is_an_error(answered: int) -> None:
+# One at a time, so that all that is answered has arrived when the first is refused.
+@pytest.mark.parametrize(("answered", "max_in_flight"), [(0, 4), (20, 1)])
+def test_a_server_that_begins_to_refuse_all_is_an_error(answered: int, max_in_flight: int) -> None:
     asked = []
 
     def respond(body: dict[str, Any]) -> Reply:
@@ -290,7 +291,7 @@ def test_a_server_that_begins_to_refuse_all_is_an_error(answered: int) -> None:
 
     found = []
     with (
-        asking(respond, max_in_flight=4) as engine,
+        asking(respond, max_in_flight=max_in_flight) as engine,
         pytest.raises(
             EvenmixError,
             match=r"answers HTTP 400: budget exceeded; .* Nothing that was published is lost",
@@ -319,21 +320,21 @@ def test_a_refusal_during_an_outage_waits_for_its_end() -> None:
 def test_an_outage_is_told_once_and_so_is_its_end(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(conversation, "NEWS_AFTER_S", 0.5)
-    failing = [(0.1, 0.15), (0.8, 2.2), (2.6, 4.0)]  # the first is too short to be news
+    monkeypatch.setattr(conversation, "NEWS_AFTER_S", 1.0)
+    failing = [(0.2, 0.3), (1.6, 4.4), (5.2, 8.0)]  # the first is too short to be news
     began = time.monotonic()
 
     def respond(body: dict[str, Any]) -> Reply:
         now_s = time.monotonic() - began
         if any(start_s < now_s < end_s for start_s, end_s in failing):
             return Reply("no memory", status=500)
-        time.sleep(0.02)
+        time.sleep(0.04)
         return echo(body)
 
     with asking(respond, max_in_flight=4) as engine:
         for answer in engine.answers(requests(*(f"p{n}" for n in range(900)))):
             assert answer.ending is Ending.STOP
-            if time.monotonic() - began > 4.4:
+            if time.monotonic() - began > 8.8:
                 break
         name = engine._config.endpoint
     down, up = f"{name} does not work now: HTTP 500: no memory", f"{name} works again"
@@ -477,15 +478,16 @@ def test_an_iterator_that_is_left_leaves_nothing() -> None:
 
 
 def test_closing_wakes_whoever_waits() -> None:
-    hanging = threading.Event()
+    arrived, hanging = threading.Event(), threading.Event()
 
     def respond(body: dict[str, Any]) -> Reply:
+        arrived.set()
         hanging.wait(10)
         return echo(body)
 
     with asking(respond) as engine, ThreadPoolExecutor() as pool:
         call = pool.submit(lambda: list(engine.answers(requests("one", "two"))))
-        time.sleep(0.1)
+        assert arrived.wait(10)
         engine.close()
         with pytest.raises(RuntimeError, match="closed before all requests were answered"):
             call.result(timeout=5)
