@@ -202,6 +202,23 @@ def test_a_run_that_is_stopped_twice_ends_with_the_same_bits(
     assert found == expected
 
 
+def test_what_a_run_was_stopped_before_is_made_up_for(mixture: str, tmp_path: Path) -> None:
+    samples = {"every_steps": 10, "prompts": ["plain red"], "steps": 2}
+    config = configuration(
+        mixture, tmp_path / "run", steps=12, validate_every_steps=5, samples=samples
+    )
+
+    def shown() -> tuple[list[int], list[str]]:
+        lines = (tmp_path / "run/validation.jsonl").read_text().splitlines()
+        grids = sorted(path.name for path in (tmp_path / "run/samples").iterdir())
+        return [json.loads(line)["step"] for line in lines], grids
+
+    assert train(config, StopAfter(10)) is None
+    assert shown() == ([0, 5], ["0000000.png"])
+    assert train(config, threading.Event()) is not None
+    assert shown() == ([0, 5, 10], ["0000000.png", "0000010.png"])
+
+
 def test_a_half_written_checkpoint_is_never_taken(mixture: str, tmp_path: Path) -> None:
     config = configuration(mixture, tmp_path / "run")
     state = drawn_state(config, step=3)

@@ -182,7 +182,7 @@ def train(
         step, weights = state.step, (state.params, state.ema, state.opt_state)
         del state  # its memory becomes that of new weights
         broken, under_way = training_step.not_broken(), deque[jax.Array]()
-        stopping, evaluations = False, None
+        evaluations = None
         with (
             closing(data),
             closing(prepare_ahead(data, encoders.text, step, config.loader_threads)) as prepared,
@@ -196,9 +196,9 @@ def train(
                 compile_s, memory = training_step.compile()
                 say(f"compiled in {compile_s:.0f} s; a step needs {memory}")
                 # Already here, so that what has no room beside the state is found out at once, and
-                # what a run was killed before is made up for.
+                # what a run was stopped before is made up for.
                 look(step, weights[1])
-            while step < config.steps and not stopping:
+            while step < config.steps:
                 asked_s = time.monotonic()
                 batch = next(batches)
                 got_s = time.monotonic()
@@ -221,11 +221,13 @@ def train(
                     checkpoints.check()
                     if log:
                         say(log.write(step))
-                # First of all, since who is told to stop has not long.
+                # Before all that takes long: who is told to stop is soon killed.
                 if at_checkpoint or stopping:
                     checkpoints.save(TrainState(step, *weights))
                     if log:
                         log.draw()
+                if stopping and step < config.steps:
+                    break
                 evaluations = look(step, weights[1])
             checkpoints.save(TrainState(step, *weights))
         if log:
