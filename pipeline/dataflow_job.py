@@ -216,27 +216,32 @@ def _wait_for(client: DataflowApplicationClient, job: RemoteJob) -> Exception | 
     """Wait until a job has ended; return its failure, if it is one.
 
     Raises:
-        EvenmixError: somebody has stopped it meanwhile, who will not want another in its place.
+        EvenmixError: somebody stops it meanwhile, who will not want another in its place.
     """
     settings, pauses = client.google_cloud_options, _pauses()
     request = GetJobRequest(project_id=settings.project, location=settings.region, job_id=job.id)
     get_job = _patiently(client._jobs_client.get_job)
     state = get_job(request, timeout=_ANSWER_S).current_state
-    was_stopping = state in _STOPPING
+    was_running = state not in _STOPPING | _ENDS
+    is_stopped = False
     while state not in _ENDS:
         time.sleep(next(pauses))
         state = get_job(request, timeout=_ANSWER_S).current_state
+        # One that is being cancelled may still fail.
+        is_stopped |= was_running and state in _STOPPING
     if state == JobState.JOB_STATE_DONE:
         return None
     if state == JobState.JOB_STATE_FAILED:
-        return _failure(_last_error(client, job.id), job)
-    how = JobState(state).name.removeprefix("JOB_STATE_").lower()
-    stopped = EvenmixError(
-        f"the Dataflow job {job.id} was {how}; start the same command again to go on\n{job.url}"
-    )
-    if was_stopping:
-        return stopped
-    raise stopped
+        failure = _failure(_last_error(client, job.id), job)
+    else:
+        is_stopped |= was_running
+        how = JobState(state).name.removeprefix("JOB_STATE_").lower()
+        failure = EvenmixError(
+            f"the Dataflow job {job.id} was {how}; start the same command again to go on\n{job.url}"
+        )
+    if is_stopped:
+        raise failure
+    return failure
 
 
 def _failure(text: str, job: RemoteJob) -> Exception:

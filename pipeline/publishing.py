@@ -161,5 +161,6 @@ def remove_leftovers(stage: Stage, plan: Plan) -> None:
                 if storage.exists(commit_url):
                     raise EvenmixError(
                         f"a run with other settings has published {commit_url} while its tar was "
-                        "removed as a leftover; stop that run, and remove this file too"
+                        "removed as a leftover; stop that run, and remove all files of this shard, "
+                        f"{folder}/{item.shard}.*"
                     )

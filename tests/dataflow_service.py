@@ -68,7 +68,8 @@ class DataflowService(ThreadingHTTPServer):
     """Jobs in the order in which they were submitted; they begin while ``may_begin`` is set.
 
     Nobody may ask how one is doing while the service ``is_closed``, nor anything else while it
-    ``is_disabled``; the next ``num_unanswered`` questions of how one is doing get no answer.
+    ``is_disabled``; the next ``num_unanswered`` questions of how one is doing get no answer, and
+    ``num_answered`` got one.
     """
 
     daemon_threads = True
@@ -81,6 +82,7 @@ class DataflowService(ThreadingHTTPServer):
         self.is_closed = False
         self.is_disabled = False
         self.num_unanswered = 0
+        self.num_answered = 0
         self.has_ended = threading.Event()
         self.lock = threading.Lock()
 
@@ -174,6 +176,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.server.num_unanswered -= 1
                 self.server.has_ended.wait()
             case "GET", [job_id]:
+                self.server.num_answered += 1
                 self._reply(self._job(job_id).answer())
             case "PUT", [job_id]:
                 assert json.loads(body)["requestedState"] == CANCELLED

@@ -363,6 +363,7 @@ def test_a_model_and_weights_must_be_where_workers_find_them(
     [
         ('weights = "gs://bucket/sscd.torchscript.pt"', ["must be an ONNX file"]),
         ('weights = "gs://bucket/sscd.onnx"', []),
+        (f'accelerator = "{L4}"', ["dataflow.gpu_image is missing"]),
         (OPEN_CLIP, ["must be an ONNX file"]),
         (
             OPEN_CLIP + 'weights = "{folder}/clip.safetensors"',

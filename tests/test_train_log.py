@@ -173,7 +173,7 @@ def test_a_line_has_means_sums_and_the_share_of_the_peak(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(PEAK_FLOP_PER_S, jax.devices()[0].device_kind, 5e6)
-    log = RunLog(configuration("mixture", tmp_path), 0, flop_per_picture=1000)
+    log = RunLog(configuration("mixture", tmp_path), None, flop_per_picture=1000)
     now_s = time.monotonic()
     for loss in (1.0, 4.0):
         add_step(log, jnp.float32(loss), asked_s=now_s, got_s=now_s)
@@ -196,7 +196,7 @@ def test_only_what_the_device_waits_for_counts_as_waiting(tmp_path: Path) -> Non
 
     x = jnp.eye(700)
     busy(x).block_until_ready()
-    log = RunLog(configuration("mixture", tmp_path), 0, None)
+    log = RunLog(configuration("mixture", tmp_path), None, None)
 
     def wait(loss: jax.Array) -> None:
         asked_s = time.monotonic()
@@ -218,8 +218,9 @@ def test_only_what_the_device_waits_for_counts_as_waiting(tmp_path: Path) -> Non
 
 
 def test_a_resumed_run_forgets_what_is_done_again(tmp_path: Path) -> None:
-    for from_step, steps in ((0, (2, 4)), (2, (4,))):
-        log = RunLog(configuration("mixture", tmp_path), from_step, None)
+    for resumed_at, steps in ((None, (1, 3)), (None, (2, 4)), (2, (4,))):
+        from_step = resumed_at or 0
+        log = RunLog(configuration("mixture", tmp_path), resumed_at, None)
         log.write_evaluation(from_step, {})
         for step in steps:
             add_step(log, jnp.float32(from_step + step), asked_s=0, got_s=0)
@@ -237,7 +238,7 @@ def test_a_resumed_run_forgets_what_is_done_again(tmp_path: Path) -> None:
         for event in read_events(tmp_path)
         if event.session_log.status == SessionLog.START
     ]
-    assert starts == [1, 3]
+    assert starts == [0, 0, 3]
 
 
 @pytest.mark.parametrize(

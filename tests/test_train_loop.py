@@ -215,8 +215,12 @@ def test_what_a_run_was_stopped_before_is_made_up_for(mixture: str, tmp_path: Pa
 
     assert train(config, StopAfter(10)) is None
     assert shown() == ([0, 5], ["0000000.png"])
-    assert train(config, threading.Event()) is not None
+    config = config.model_copy(update={"steps": 10})
+    evaluations = train(config, threading.Event())
     assert shown() == ([0, 5, 10], ["0000000.png", "0000010.png"])
+    last = json.loads((tmp_path / "run/validation.jsonl").read_text().splitlines()[-1])
+    assert evaluations is not None
+    assert last["datasets"]["a"]["loss"] == evaluations["a"].loss
 
 
 def test_a_half_written_checkpoint_is_never_taken(mixture: str, tmp_path: Path) -> None:

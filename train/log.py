@@ -26,27 +26,29 @@ class RunLog:
     """What a run tells while it goes on, in its output folder.
 
     ``loss.jsonl``, ``validation.jsonl``, ``loss.png``, ``samples/`` and, for TensorBoard,
-    ``tensorboard/``. Its ``meter`` is to be told of every step. A run that resumes at ``from_step``
-    forgets what was after it: those steps are done again.
+    ``tensorboard/``. Its ``meter`` is to be told of every step. A run that is ``resumed_at`` a step
+    forgets what was after it, as those steps are done again; one that begins (None) forgets what
+    another has left.
     """
 
-    def __init__(self, config: TrainConfig, from_step: int, flop_per_picture: int | None):
+    def __init__(self, config: TrainConfig, resumed_at: int | None, flop_per_picture: int | None):
         self._config = config
         self._output = Path(config.output)
         self._lines = self._output / "loss.jsonl"
         self._validation = self._output / "validation.jsonl"
         self.meter = Meter(config.batch_size, flop_per_picture)
+        forgotten_from = 0 if resumed_at is None else resumed_at + 1
         with writing_to(self._output):
             for file in (self._lines, self._validation):
-                kept = [line for line in _read(file) if line["step"] <= from_step]
+                kept = [line for line in _read(file) if line["step"] < forgotten_from]
                 # In one step: a run that is killed here has all it had.
                 part = file.with_name(f"{file.name}.part")
                 part.write_text("".join(json.dumps(line) + "\n" for line in kept))
                 part.replace(file)
             self._board = SummaryWriter(
                 str(self._output / "tensorboard"),
-                purge_step=from_step + 1,
-                filename_suffix=f".{from_step}",
+                purge_step=forgotten_from,
+                filename_suffix=f".{forgotten_from}",
             )
 
     def write(self, step: int) -> str:

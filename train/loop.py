@@ -143,10 +143,14 @@ def train(
         check_agreement(
             configuration=config.model_dump(exclude={"mixture", "output"}),
             mixture=mixture_sha256,
+            prompts=prompts,
             newest_checkpoint=checkpoints.newest_step,
         )
         like = TrainState(0, *training_step.like)
-        state = checkpoints.resume(like) or first_state(config, training_step, like)
+        resumed = checkpoints.resume(like)
+        state = resumed or first_state(config, training_step, like)
+        resumed_at = resumed.step if resumed else None
+        del resumed  # it would hold memory that new weights are to have
         num_parameters = sum(x.size for x in jax.tree.leaves(state.params))
         of_steps = f"from step {state.step} of {config.steps}"
         say(f"{num_parameters:,} parameters on {mesh.size} devices, {of_steps}")
@@ -156,7 +160,7 @@ def train(
         velocity = velocity_fn(training_step.model)
         evaluate = make_evaluation(velocity, held_out=held_out, encoders=encoders, config=config)
         flop = flop_per_picture(training_step.model, encoders.text, encoders.codec)
-        log = RunLog(config, state.step, flop) if first else None
+        log = RunLog(config, resumed_at, flop) if first else None
         profiler = Profiler(config, state.step, profile_steps)
 
         def look(step: int, ema: Params) -> dict[str, Evaluation] | None:
@@ -182,7 +186,6 @@ def train(
         step, weights = state.step, (state.params, state.ema, state.opt_state)
         del state  # its memory becomes that of new weights
         broken, under_way = training_step.not_broken(), deque[jax.Array]()
-        evaluations = None
         with (
             closing(data),
             closing(prepare_ahead(data, encoders.text, step, config.loader_threads)) as prepared,
@@ -195,9 +198,9 @@ def train(
                 batches = chain([next(prepared)], prepared)
                 compile_s, memory = training_step.compile()
                 say(f"compiled in {compile_s:.0f} s; a step needs {memory}")
-                # Already here, so that what has no room beside the state is found out at once, and
-                # what a run was stopped before is made up for.
-                look(step, weights[1])
+            # Already here, so that what has no room beside the state is found out at once, and what
+            # a run was stopped before is made up for.
+            evaluations = look(step, weights[1])
             while step < config.steps:
                 asked_s = time.monotonic()
                 batch = next(batches)
