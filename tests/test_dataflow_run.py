@@ -136,6 +136,27 @@ def run(
     beam_job.run(stage, work_lists, options_for(service, stage), while_waiting)
 
 
+def begun_earlier(service: DataflowService, stage: Words) -> ServedJob:
+    """Submit a job with one item, as an earlier command did; it is to begin later."""
+    options = options_for(service, stage)
+    args = job_args(stage, options.dataflow, {}, options.beam_args)
+    work_lists = write_work_lists(stage, items("a"))
+    service.may_begin.clear()
+    dataflow_job.submit(stage, work_lists, replace(options, beam_args=tuple(args)))
+    service.num_answered = 0
+    return service.jobs[-1]
+
+
+def begin_once_asked(service: DataflowService) -> Callable[[], None]:
+    """Return what lets jobs begin as soon as a command has found one and asks after it."""
+
+    def begin() -> None:
+        if service.num_answered:
+            service.may_begin.set()
+
+    return begin
+
+
 def test_an_obstacle_on_a_worker_arrives_with_its_job(
     service: DataflowService, gcs_bucket: str
 ) -> None:
@@ -171,9 +192,7 @@ def test_a_job_that_is_cancelled_ends_the_command_that_waits_for_it(
 
     service.may_begin.clear()
     if not is_ours:
-        work_lists = write_work_lists(stage, items("a"))
-        dataflow_job.submit(stage, work_lists, replace(options, beam_args=tuple(args)))
-        service.num_answered = 0
+        begun_earlier(service, stage)
     with pytest.raises(EvenmixError) as caught:
         run(service, stage, while_waiting=cancel)
     (job,) = service.jobs
@@ -189,20 +208,10 @@ def test_a_job_that_was_being_cancelled_is_followed_by_one_of_this_command(
     service: DataflowService, gcs_bucket: str
 ) -> None:
     stage = Words(gcs_bucket)
-    options = options_for(service, stage)
-    args = job_args(stage, options.dataflow, {}, options.beam_args)
-    service.may_begin.clear()
-    work_lists = write_work_lists(stage, items("a"))
-    dataflow_job.submit(stage, work_lists, replace(options, beam_args=tuple(args)))
-    service.num_answered = 0
-    service.jobs[0].state = "JOB_STATE_CANCELLING"
-    service.jobs[0].cancelled.set()
-
-    def end() -> None:
-        if service.num_answered:
-            service.may_begin.set()
-
-    run(service, stage, while_waiting=end)
+    job = begun_earlier(service, stage)
+    job.state = "JOB_STATE_CANCELLING"
+    job.cancelled.set()
+    run(service, stage, while_waiting=begin_once_asked(service))
     assert [job.state for job in service.jobs] == ["JOB_STATE_CANCELLED", "JOB_STATE_DONE"]
     assert committed_shards(f"{gcs_bucket}/words/d") == ["a", "b"]
 
@@ -254,22 +263,14 @@ def test_what_a_job_that_was_found_did_not_do_is_done_after_it(
     service: DataflowService, gcs_bucket: str
 ) -> None:
     stage = Words(gcs_bucket)
-    service.may_begin.clear()
-    options = options_for(service, stage)
-    args = job_args(stage, options.dataflow, {}, options.beam_args)
-    work_lists = write_work_lists(stage, items("a"))
-    found = dataflow_job.submit(stage, work_lists, replace(options, beam_args=tuple(args)))
-    (job,) = service.jobs
-    assert found == job.id
-
-    run(service, stage, "ab", while_waiting=service.may_begin.set)
+    job = begun_earlier(service, stage)
+    run(service, stage, "ab", while_waiting=begin_once_asked(service))
     assert [other.name for other in service.jobs] == [job.name, job.name]
     assert committed_shards(f"{gcs_bucket}/words/d") == ["a", "b"]
 
     # All that a third one finds was done, so it runs nothing.
-    service.may_begin.clear()
-    assert dataflow_job.submit(stage, work_lists, replace(options, beam_args=tuple(args)))
-    run(service, stage, "ab", while_waiting=service.may_begin.set)
+    begun_earlier(service, stage)
+    run(service, stage, "ab", while_waiting=begin_once_asked(service))
     assert len(service.jobs) == 3
 
 
@@ -277,11 +278,7 @@ def test_of_two_commands_at_once_the_slower_waits_for_the_job_of_the_faster(
     service: DataflowService, gcs_bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage = Words(gcs_bucket)
-    options = options_for(service, stage)
-    args = job_args(stage, options.dataflow, {}, options.beam_args)
-    work_lists = write_work_lists(stage, items("a"))
-    service.may_begin.clear()
-    faster = dataflow_job.submit(stage, work_lists, replace(options, beam_args=tuple(args)))
+    faster = begun_earlier(service, stage).id
     look, looks = dataflow_job._find_active, list[str | None]()
 
     def look_too_early(*arguments: Any) -> str | None:
@@ -296,7 +293,8 @@ def test_of_two_commands_at_once_the_slower_waits_for_the_job_of_the_faster(
         told.append(job.id)
         service.may_begin.set()
 
-    dataflow_job.run_to_end(stage, work_lists, options, begin)
+    work_lists = write_work_lists(stage, items("a"))
+    dataflow_job.run_to_end(stage, work_lists, options_for(service, stage), begin)
     assert looks == [None, faster]
     assert told == [faster]
     assert len(service.jobs) == 1
@@ -306,15 +304,10 @@ def test_a_job_that_was_found_and_fails_is_followed_by_one_of_this_command(
     service: DataflowService, gcs_bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     older, stage = Words(gcs_bucket, obstacle="an older recipe"), Words(gcs_bucket)
-    options = options_for(service, older)
-    args = job_args(older, options.dataflow, {}, options.beam_args)
-    work_lists = write_work_lists(older, items("a"))
-    service.may_begin.clear()
-    dataflow_job.submit(older, work_lists, replace(options, beam_args=tuple(args)))
-
+    begun_earlier(service, older)
     printed = list[str]()
     monkeypatch.setattr(beam_job, "_print", printed.append)
-    run(service, stage, "a", while_waiting=service.may_begin.set)
+    run(service, stage, "a", while_waiting=begin_once_asked(service))
     first, second = service.jobs
     assert (first.state, second.state) == ("JOB_STATE_FAILED", "JOB_STATE_DONE")
     assert printed == [
@@ -330,17 +323,14 @@ def test_a_conflict_with_a_job_that_is_not_listed_does_not_last_for_ever(
     service: DataflowService, gcs_bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage = Words(gcs_bucket)
-    options = options_for(service, stage)
-    args = job_args(stage, options.dataflow, {}, options.beam_args)
-    work_lists = write_work_lists(stage, items("a"))
-    service.may_begin.clear()
-    other = dataflow_job.submit(stage, work_lists, replace(options, beam_args=tuple(args)))
+    other = begun_earlier(service, stage).id
     monkeypatch.setattr(dataflow_job, "_find_active", lambda *_: None)
     monkeypatch.setattr(dataflow_job, "_CONFLICT_S", 0.0)
     told = list[RemoteJob | str]()
     refusal = rf"words: Dataflow refuses the job for another one, .*{job_name(stage)}.*{other}"
     with pytest.raises(EvenmixError, match=refusal):
-        dataflow_job.run_to_end(stage, work_lists, options, told.append)
+        work_lists = write_work_lists(stage, items("a"))
+        dataflow_job.run_to_end(stage, work_lists, options_for(service, stage), told.append)
     assert told == []
 
 
